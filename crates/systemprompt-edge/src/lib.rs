@@ -1,1 +1,23 @@
+//! The edge: TLS, routing by host, forwarding, drain.
+//!
+//! Everything a request needs is in memory: a [`RouteTable`] and a [`CertTable`] arrive through `watch`
+//! channels and are read as snapshots. Each worker is a thread with a runtime, listeners (`SO_REUSEPORT`)
+//! and an upstream pool of its own, so that a request never crosses a core.
+//!
+//! ```text
+//! socket -> TLS (CertTable by SNI) -> [h1: framing gate] -> hyper -> service -> pool -> upstream
+//! ```
 
+mod bind;
+mod certs;
+mod config;
+mod edge;
+mod probe;
+mod routes;
+
+pub use bind::BindError;
+pub use certs::{CertError, CertPattern, CertTable, Certificate};
+pub use config::{EdgeConfig, Limits, Upstream};
+pub use edge::{BoundEdge, DrainReport, Edge, EdgeHandle};
+pub use probe::{ProbeAnswer, ProbeError, probe};
+pub use routes::{Route, RouteTable, Why};
