@@ -1,0 +1,1 @@
+//! Helpers that break, repeat and restart the steps of a workflow.

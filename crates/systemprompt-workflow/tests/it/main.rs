@@ -1,0 +1,1 @@
+//! The engine and the event log on real PostgreSQL.
