@@ -1,0 +1,98 @@
+//! Ctrl-C and SIGTERM: remembered, passed on to the child that runs now, and told to whoever waits.
+//!
+//! Without this an interrupted task would die before it could put the machine back as it was.
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
+use std::{
+    fmt,
+    os::fd::OwnedFd,
+    process::Child,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+/// The error of a task that a person stopped; the process exits with 130.
+#[derive(Debug)]
+pub(crate) struct Interrupted;
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// The process's signals. Cheap to clone; all clones are one.
+#[derive(Clone)]
+pub(crate) struct Interrupts(Arc<State>);
+
+#[derive(Default)]
+struct State {
+    interrupted: AtomicBool,
+    foreground: Mutex<Option<OwnedFd>>,
+    listener: Mutex<Option<Box<dyn Fn() + Send>>>,
+}
+
+impl Interrupts {
+    /// Takes over SIGINT, SIGTERM and SIGHUP for the rest of the process.
+    pub(crate) fn install() -> std::io::Result<Self> {
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let interrupts = Self(Arc::default());
+        let state = Arc::clone(&interrupts.0);
+        thread::spawn(move || signals.forever().for_each(|_| state.interrupt()));
+        Ok(interrupts)
+    }
+
+    /// Fails once a signal has come, so that no further step begins.
+    pub(crate) fn check(&self) -> Result<(), Interrupted> {
+        if self.0.interrupted.load(Ordering::SeqCst) { Err(Interrupted) } else { Ok(()) }
+    }
+
+    /// Calls `listener` at every signal from now on, instead of the one before.
+    pub(crate) fn listen(&self, listener: impl Fn() + Send + 'static) {
+        *self.0.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(listener));
+    }
+
+    /// Passes signals on to `child` until the answer is dropped. A terminal signals the whole process group by
+    /// itself; `kill` and a service manager do not.
+    pub(crate) fn foreground(&self, child: &Child) -> std::io::Result<Foreground<'_>> {
+        let pidfd = pidfd(child)?;
+        *self.0.foreground.lock().unwrap_or_else(PoisonError::into_inner) = Some(pidfd);
+        Ok(Foreground(&self.0))
+    }
+}
+
+impl State {
+    fn interrupt(&self) {
+        self.interrupted.store(true, Ordering::SeqCst);
+        if let Some(child) = &*self.foreground.lock().unwrap_or_else(PoisonError::into_inner) {
+            // It may have ended by itself in this moment: then there is nothing left to tell it.
+            let _ = pidfd_send_signal(child, Signal::TERM);
+        }
+        if let Some(listener) = &*self.listener.lock().unwrap_or_else(PoisonError::into_inner) {
+            listener();
+        }
+    }
+}
+
+/// While it lives, signals are passed on to the child it was made for.
+pub(crate) struct Foreground<'a>(&'a State);
+
+impl Drop for Foreground<'_> {
+    fn drop(&mut self) {
+        *self.0.foreground.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// A handle that means this child and never a later process of the same number.
+pub(crate) fn pidfd(child: &Child) -> std::io::Result<OwnedFd> {
+    Ok(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?)
+}

@@ -1,0 +1,235 @@
+//! A running cloud, and the public steps a user takes with it.
+
+use super::{account, cli::Cli, example, report::Timings, server::Server};
+use crate::{http::Http, shell::Shell};
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::fs::DirBuilderExt as _,
+    path::PathBuf,
+    process::Command,
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+/// After a start the instance of an earlier run has to come up again first.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
+/// Name of the sample's tenant; an earlier run's is found by it.
+const TENANT: &str = "hello";
+
+/// Where an installation keeps what, and by which names it is reached.
+#[derive(Debug, Clone)]
+pub(crate) struct Installation {
+    /// Folder of the built binaries.
+    pub(crate) programs: PathBuf,
+    pub(crate) data: PathBuf,
+    pub(crate) zone: String,
+    pub(crate) https: u16,
+    /// A port, or `off`.
+    pub(crate) http: String,
+    pub(crate) http_api: Option<SocketAddr>,
+}
+
+impl Installation {
+    /// `https://{host}.{zone}[:port]`.
+    pub(crate) fn url(&self, host: &str) -> String {
+        let port = if self.https == 443 { String::new() } else { format!(":{}", self.https) };
+        format!("https://{host}.{}{port}", self.zone)
+    }
+
+    /// The person's copy of the example.
+    pub(crate) fn project(&self) -> PathBuf {
+        self.data.join("hello")
+    }
+
+    pub(crate) fn ca_file(&self) -> PathBuf {
+        self.data.join("ca/ca.pem")
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.data.join("management-api.log")
+    }
+
+    fn serve(&self) -> Command {
+        let mut command = Command::new(self.programs.join("management-api"));
+        command.arg("serve").arg("--data").arg(&self.data);
+        command.args(["--zone", &self.zone, "--https", &self.https.to_string(), "--http", &self.http]);
+        command.args(["--on-stop", "stop"]);
+        if let Some(address) = self.http_api {
+            command.arg("--http-api").arg(address.to_string());
+        }
+        command.env_remove("LD_LIBRARY_PATH");
+        command
+    }
+}
+
+/// A tenant as the steps need it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Tenant {
+    pub(crate) id: String,
+    /// With a slash at the end.
+    pub(crate) url: String,
+    /// Nothing was ever deployed to it.
+    pub(crate) is_new: bool,
+}
+
+/// A started cloud. Dropped, it is stopped.
+pub(crate) struct Cloud {
+    installation: Installation,
+    server: Server,
+    http: Http,
+    cli: Cli,
+}
+
+impl Cloud {
+    /// Starts `management-api` and makes the sample project.
+    pub(crate) fn start(shell: &Shell, installation: Installation) -> Result<Self> {
+        eprintln!("starting the cloud in {} …", installation.data.display());
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(&installation.data)
+            .with_context(|| format!("cannot create {}", installation.data.display()))?;
+        let server = Server::start(shell, installation.serve(), &installation.log_file())?;
+        example::copy_if_absent(&shell.root().join("examples/hello"), &installation.project())?;
+        Ok(Self {
+            http: Http::new(&server.ready.ca_file),
+            cli: Cli::new(&installation.programs, &installation.project(), &server.ready.ca_file),
+            server,
+            installation,
+        })
+    }
+
+    pub(crate) fn installation(&self) -> &Installation {
+        &self.installation
+    }
+
+    /// Makes the first account when there is none, and signs the command line in.
+    pub(crate) fn sign_in(&self, shell: &Shell) -> Result<()> {
+        let ready = &self.server.ready;
+        let setup_token = ready.setup_token_file.as_deref().filter(|file| file.exists());
+        let token = account::token(shell, &self.http, &ready.api_url, setup_token, &self.installation.data)?;
+        let login = ["cloud", "auth", "login", "--token", "-", "--api-url", &ready.api_url];
+        self.cli.json_fed(shell, &login, &token).map(drop)
+    }
+
+    /// The sample's tenant: an earlier run's, or a new one.
+    pub(crate) fn tenant(&self, shell: &Shell, timings: &mut Timings) -> Result<Tenant> {
+        let list = self.cli.json(shell, &["cloud", "tenant", "list"])?;
+        if let Some(id) = find_tenant(&list, TENANT)? {
+            return self.tenant_by_id(shell, &id);
+        }
+        eprintln!("buying a tenant …");
+        let (tenant, phase1) = self.provision(shell, TENANT)?;
+        timings.phase1 = Some(phase1);
+        Ok(tenant)
+    }
+
+    /// Buys a tenant and confirms as the operator; the time is from the confirmation to `awaiting_deploy`.
+    pub(crate) fn provision(&self, shell: &Shell, name: &str) -> Result<(Tenant, Duration)> {
+        let bought = self.cli.json(shell, &["cloud", "tenant", "create", "--name", name, "--no-wait"])?;
+        let checkout = text(&bought, "/data/checkout_session_id")?;
+        let confirmed = Instant::now();
+        self.cli.json(shell, &["cloud", "checkout", "confirm", &checkout])?;
+        let created = self.cli.json(shell, &["cloud", "tenant", "create", "--resume", &checkout])?;
+        let phase1 = confirmed.elapsed();
+        Ok((self.tenant_by_id(shell, &text(&created, "/data/id")?)?, phase1))
+    }
+
+    fn tenant_by_id(&self, shell: &Shell, id: &str) -> Result<Tenant> {
+        tenant_from(&self.cli.json(shell, &["cloud", "tenant", "show", id])?)
+    }
+
+    /// Deploys the sample project; the answer is the command's wall time.
+    pub(crate) fn deploy(&self, shell: &Shell, tenant: &Tenant) -> Result<Duration> {
+        let started = Instant::now();
+        self.cli.json(shell, &["cloud", "deploy", "--tenant", &tenant.id])?;
+        Ok(started.elapsed())
+    }
+
+    /// Changes one file of the sample's site.
+    pub(crate) fn change_example(&self) -> Result<()> {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        example::change_page(&self.installation.project(), &now.as_nanos().to_string())
+    }
+
+    /// The page over TLS is the project's, byte for byte, and the app stands on its own database.
+    pub(crate) fn verify(&self, shell: &Shell, tenant: &Tenant) -> Result<()> {
+        let expected = example::page(&self.installation.project())?;
+        self.wait_for(shell, &tenant.url, |status, body| status == 200 && body == expected)?;
+        let health = self.wait_for(shell, &format!("{}api/v1/health", tenant.url), |status, _| status == 200)?;
+        match current_database(&health) {
+            Some(database) => {
+                eprintln!("{} answers 200 with its page; its database is {database}", tenant.url);
+                Ok(())
+            }
+            None => bail!("the app's health does not show its database: {health}"),
+        }
+    }
+
+    fn wait_for(&self, shell: &Shell, url: &str, good: impl Fn(u16, &str) -> bool) -> Result<String> {
+        let deadline = Instant::now() + ANSWERS_WITHIN;
+        loop {
+            let answer = self.http.get(shell, url);
+            match answer {
+                Ok(answer) if good(answer.status, &answer.body) => return Ok(answer.body),
+                Ok(answer) if Instant::now() > deadline => {
+                    let begin: String = answer.body.chars().take(300).collect();
+                    bail!("{url} answers {} with something else than expected:\n{begin}", answer.status);
+                }
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Ok(_) | Err(_) => {}
+            }
+            shell.interrupts.check()?;
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Blocks until a person interrupts.
+    pub(crate) fn stay(&mut self) -> Result<()> {
+        self.server.stay()
+    }
+
+    /// Drains and stops everything.
+    pub(crate) fn stop(self) -> Result<()> {
+        eprintln!("stopping …");
+        self.server.stop()
+    }
+
+    pub(crate) fn log_file(&self) -> PathBuf {
+        self.installation.log_file()
+    }
+
+    pub(crate) fn log_tail(&self) -> String {
+        self.server.log_tail()
+    }
+}
+
+fn find_tenant(list: &Value, name: &str) -> Result<Option<String>> {
+    let tenants = list.pointer("/data").and_then(Value::as_array).context("the list of tenants is no list")?;
+    let found = tenants.iter().find(|tenant| tenant["name"] == name && tenant["status"] != "failed");
+    found.map(|tenant| text(tenant, "/id")).transpose()
+}
+
+fn tenant_from(shown: &Value) -> Result<Tenant> {
+    let url = text(shown, "/data/app_url")?;
+    let status = text(shown, "/data/status")?;
+    Ok(Tenant {
+        id: text(shown, "/data/id")?,
+        url: if url.ends_with('/') { url } else { url + "/" },
+        is_new: status == "awaiting_deploy",
+    })
+}
+
+fn current_database(health: &str) -> Option<String> {
+    let health: Value = serde_json::from_str(health).ok()?;
+    let database = health.get("current_database").or_else(|| health.pointer("/database/current_database"))?;
+    database.as_str().map(str::to_owned)
+}
+
+fn text(value: &Value, pointer: &str) -> Result<String> {
+    let found = value.pointer(pointer).and_then(Value::as_str);
+    found.map(str::to_owned).with_context(|| format!("the command line's answer has no {pointer}: {value}"))
+}
