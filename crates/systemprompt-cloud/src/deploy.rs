@@ -12,7 +12,7 @@
 //! repeated submit the same deploy, and events are read from the log. Until Submit nothing has changed in the cloud;
 //! after it the deploy goes on without us.
 
-use crate::{client::CloudApiClient, error::CloudError};
+use crate::{api_url::ApiUrl, client::CloudApiClient, error::CloudError};
 use std::{
     fmt,
     path::PathBuf,
@@ -355,8 +355,9 @@ impl Deploy {
     fn registry_url(&self, authority: &str) -> Result<Url, DeployError> {
         let api_url = self.client.api_url();
         let base = if authority == api_url.authority() { api_url.to_string() } else { format!("https://{authority}") };
-        let url = Url::parse(&base).ok().filter(|url| url.host_str().is_some() && url.path() == "/");
-        url.filter(|url| url.username().is_empty()).ok_or_else(|| DeployError::Registry(authority.to_owned()))
+        let invalid = || DeployError::Registry(authority.to_owned());
+        let origin: ApiUrl = base.parse().map_err(|_| invalid())?;
+        Url::parse(origin.as_str()).map_err(|_| invalid())
     }
 }
 
