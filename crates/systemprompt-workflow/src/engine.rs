@@ -48,6 +48,13 @@ impl EngineConfig {
     }
 }
 
+impl Default for EngineConfig {
+    /// [`EngineConfig::new`] with an id of this process.
+    fn default() -> Self {
+        Self::new(format!("{}-{}", std::process::id(), uuid::Uuid::new_v4().simple()))
+    }
+}
+
 /// Runs operations of the workflows it knows and leaves all others alone.
 pub struct Engine {
     db: Db,
