@@ -64,6 +64,26 @@ codes! {
     Cancelled = "cancelled", 409;
     /// No host, address or memory left for another instance.
     CapacityExhausted = "capacity_exhausted", 503;
+    /// The edge knows no tenant of this host name.
+    TenantNotFound = "tenant_not_found", 502;
+    /// The tenant is provisioned and has no release yet.
+    AwaitingDeploy = "awaiting_deploy", 503;
+    /// The tenant is suspended (billing).
+    Suspended = "suspended", 402;
+    /// The tenant's app did not answer the edge.
+    AppUnreachable = "app_unreachable", 502;
+    /// The tenant's app took too long to begin its answer.
+    AppTimeout = "app_timeout", 504;
+    /// The tenant's first release is being started.
+    AppStarting = "app_starting", 503;
+    /// The tenant was stopped by its owner.
+    AppStopped = "app_stopped", 503;
+    /// The tenant's last operation failed and nothing is live.
+    AppFailed = "app_failed", 503;
+    /// The host is not one this connection's certificate is for.
+    MisdirectedRequest = "misdirected_request", 421;
+    /// The body came too slowly.
+    RequestTimeout = "request_timeout", 408;
 }
 
 impl fmt::Display for ErrorCode {

@@ -9,24 +9,30 @@ use tokio::net::TcpSocket;
 /// Pending connections the kernel keeps for one listener.
 const BACKLOG: u32 = 4096;
 
-/// An address cannot be listened on.
+/// Why an edge cannot start.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "cannot listen on {address} for {purpose}: {source}{}; choose another with {option}",
-    holder.as_ref().map(|holder| format!(" (held by {holder})")).unwrap_or_default()
-)]
-pub struct BindError {
-    /// The address that was asked for.
-    pub address: SocketAddr,
-    /// `HTTPS` or `HTTP`.
-    pub purpose: &'static str,
-    /// The option that changes it.
-    pub option: &'static str,
-    /// The process that listens there, as `name (pid 123)`, when it can be told.
-    pub holder: Option<String>,
-    /// What the system said.
-    #[source]
-    pub source: io::Error,
+pub enum BindError {
+    /// An address cannot be listened on.
+    #[error(
+        "cannot listen on {address} for {purpose}: {source}{}; choose another with {option}",
+        holder.as_ref().map(|holder| format!(" (held by {holder})")).unwrap_or_default()
+    )]
+    Listen {
+        /// The address that was asked for.
+        address: SocketAddr,
+        /// `HTTPS` or `HTTP`.
+        purpose: &'static str,
+        /// The option that changes it.
+        option: &'static str,
+        /// The process that listens there, as `name (pid 123)`, when it can be told.
+        holder: Option<String>,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// TLS cannot be set up.
+    #[error("cannot set up TLS")]
+    Tls(#[source] rustls::Error),
 }
 
 /// What a listener is for.
@@ -44,7 +50,7 @@ pub(crate) fn listen(purpose: Purpose, address: SocketAddr, workers: usize) -> R
             Purpose::Http => ("HTTP", "--http PORT"),
         };
         let taken = source.kind() == io::ErrorKind::AddrInUse;
-        BindError { address, purpose, option, holder: taken.then(|| holder(address.port())).flatten(), source }
+        BindError::Listen { address, purpose, option, holder: taken.then(|| holder(address.port())).flatten(), source }
     };
     // Another process with SO_REUSEPORT would share the port with us silently: a socket without it finds out.
     drop(socket(address, Sharing::Alone).map_err(failed)?);

@@ -8,12 +8,29 @@
 //! socket -> TLS (CertTable by SNI) -> [h1: framing gate] -> hyper -> service -> pool -> upstream
 //! ```
 
+mod access;
+mod answer;
 mod bind;
+mod body;
 mod certs;
 mod config;
+mod connection;
 mod edge;
+mod exchange;
+#[doc(hidden)]
+pub mod gate;
+mod headers;
+mod pool;
 mod probe;
+mod redirect;
 mod routes;
+mod service;
+mod stream;
+mod target;
+mod tls;
+mod tunnel;
+mod upstream;
+mod worker;
 
 pub use bind::BindError;
 pub use certs::{CertError, CertPattern, CertTable, Certificate};

@@ -1,7 +1,16 @@
 //! The health probe of deploys: the same client code that forwards requests asks an instance directly.
 
-use crate::config::Upstream;
-use bytes::Bytes;
+use crate::{
+    body::RequestBody,
+    config::Upstream,
+    upstream::{self, ConnectError},
+};
+use bytes::{Bytes, BytesMut};
+use http::{
+    HeaderValue, Request, Uri,
+    header::{CONNECTION, HOST, USER_AGENT},
+};
+use http_body_util::BodyExt;
 use std::time::Duration;
 use systemprompt_contract::Hostname;
 
@@ -65,6 +74,34 @@ pub async fn probe(
 }
 
 async fn ask(upstream: &Upstream, host: &Hostname, path: &str) -> Result<ProbeAnswer, ProbeError> {
-    let _ = (host, path);
-    Err(ProbeError::Timeout { upstream: upstream.clone(), timeout: Duration::ZERO })
+    let uri: Uri = path.parse().map_err(|_| ProbeError::Path(path.to_owned()))?;
+    if !path.starts_with('/') || uri.path_and_query().is_none() {
+        return Err(ProbeError::Path(path.to_owned()));
+    }
+    let protocol = |source| ProbeError::Protocol { upstream: upstream.clone(), source };
+    let mut link = upstream::connect(upstream).await.map_err(|error| match error {
+        ConnectError::Io(source) => ProbeError::Connect { upstream: upstream.clone(), source },
+        ConnectError::Http(source) => protocol(source),
+    })?;
+    let mut request = Request::new(RequestBody::none());
+    *request.uri_mut() = uri;
+    let headers = request.headers_mut();
+    let host = HeaderValue::from_str(host.as_str()).expect("a host name is made of letters, digits, hyphens and dots");
+    headers.insert(HOST, host);
+    headers.insert(USER_AGENT, HeaderValue::from_static("systemprompt-probe"));
+    headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    let response = link.sender.send_request(request).await.map_err(protocol)?;
+    let status = response.status().as_u16();
+    let mut incoming = response.into_body();
+    let mut body = BytesMut::new();
+    while body.len() < BODY_BYTES {
+        let Some(frame) = incoming.frame().await else { break };
+        if let Ok(data) = frame.map_err(protocol)?.into_data() {
+            body.extend_from_slice(&data[..data.len().min(BODY_BYTES - body.len())]);
+        }
+    }
+    Ok(ProbeAnswer { status, body: body.freeze() })
 }
+
+/// What is read of an answer's body.
+const BODY_BYTES: usize = 64 * 1024;

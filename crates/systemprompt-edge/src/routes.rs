@@ -145,7 +145,10 @@ impl Default for RouteTable {
 
 impl fmt::Debug for RouteTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RouteTable").field("generation", &self.generation).field("hosts", &self.len()).finish()
+        f.debug_struct("RouteTable")
+            .field("generation", &self.generation)
+            .field("hosts", &self.len())
+            .finish_non_exhaustive()
     }
 }
 

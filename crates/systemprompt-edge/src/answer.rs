@@ -1,0 +1,233 @@
+//! What the edge answers by itself: a page for browsers, JSON for everything else.
+
+use crate::{body::ResponseBody, headers::X_REQUEST_ID, routes::Why};
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
+    header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER},
+};
+use systemprompt_contract::{ApiError, ErrorBody, ErrorCode, RequestId};
+
+const X_SYSTEMPROMPT_ERROR: HeaderName = HeaderName::from_static("x-systemprompt-error");
+
+/// Why a request was not forwarded, or not answered by its upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Problem {
+    BadHost,
+    AmbiguousHost,
+    BadTarget,
+    Misdirected,
+    TenantNotFound,
+    Unavailable(Why),
+    AppUnreachable,
+    AppTimeout,
+    PlatformUnreachable,
+    BodyTooLarge,
+    BodyTooSlow,
+}
+
+struct Text {
+    code: ErrorCode,
+    message: &'static str,
+    hint: &'static str,
+    /// Seconds after which another try makes sense.
+    retry_after: Option<u16>,
+}
+
+impl Problem {
+    fn text(self) -> Text {
+        let (code, message, hint, retry_after) = match self {
+            Self::BadHost => (
+                ErrorCode::BadRequest,
+                "The Host of the request is not a host name.",
+                "Ask for the name as it is in the address, without a dot at the end.",
+                None,
+            ),
+            Self::AmbiguousHost => (
+                ErrorCode::BadRequest,
+                "The request names two different hosts.",
+                "Send one host: `host` and `:authority` must agree.",
+                None,
+            ),
+            Self::BadTarget => (
+                ErrorCode::BadRequest,
+                "The request target is not one this server takes.",
+                "Ask for a path that begins with a slash.",
+                None,
+            ),
+            Self::Misdirected => (
+                ErrorCode::MisdirectedRequest,
+                "This connection's certificate is not for the host of the request.",
+                "Open a new connection for this host, with its name in the TLS handshake (SNI).",
+                None,
+            ),
+            Self::TenantNotFound => (
+                ErrorCode::TenantNotFound,
+                "There is no tenant at this address.",
+                "Check the address; `systemprompt cloud tenant list` shows yours.",
+                None,
+            ),
+            Self::Unavailable(why) => return why.text(),
+            Self::AppUnreachable => (
+                ErrorCode::AppUnreachable,
+                "The application does not answer.",
+                "`systemprompt cloud logs` shows why.",
+                None,
+            ),
+            Self::AppTimeout => (
+                ErrorCode::AppTimeout,
+                "The application took too long to answer.",
+                "Try again; `systemprompt cloud logs` shows what it does.",
+                None,
+            ),
+            Self::PlatformUnreachable => (
+                ErrorCode::Unavailable,
+                "The management API does not answer; running tenants are not affected.",
+                "Try again in a few seconds.",
+                Some(5),
+            ),
+            Self::BodyTooLarge => {
+                (ErrorCode::TooLarge, "The body of the request is too large.", "Send at most 100 MiB.", None)
+            }
+            Self::BodyTooSlow => {
+                (ErrorCode::RequestTimeout, "The body of the request came too slowly.", "Try again.", None)
+            }
+        };
+        Text { code, message, hint, retry_after }
+    }
+}
+
+impl Why {
+    fn text(self) -> Text {
+        let (code, message, hint, retry_after) = match self {
+            Self::AwaitingDeploy => (
+                ErrorCode::AwaitingDeploy,
+                "This tenant is ready and waits for its first deploy.",
+                "Run `systemprompt cloud deploy`.",
+                Some(10),
+            ),
+            Self::Suspended => (
+                ErrorCode::Suspended,
+                "This tenant is suspended.",
+                "Its owner finds the reason and the way back under billing in the dashboard.",
+                None,
+            ),
+            Self::Starting => {
+                (ErrorCode::AppStarting, "The application is being started.", "Try again in a few seconds.", Some(5))
+            }
+            Self::Stopped => (
+                ErrorCode::AppStopped,
+                "This tenant was stopped by its owner.",
+                "`systemprompt cloud deploy` starts it again.",
+                Some(60),
+            ),
+            Self::Failed => (
+                ErrorCode::AppFailed,
+                "The application could not be started.",
+                "`systemprompt cloud logs` shows why; then deploy again.",
+                Some(60),
+            ),
+        };
+        Text { code, message, hint, retry_after }
+    }
+}
+
+/// The answer to a problem.
+pub(crate) fn answer(problem: Problem, accept: Accept, id: RequestId) -> Response<ResponseBody> {
+    let text = problem.text();
+    let (content_type, body) = match accept {
+        Accept::Page => ("text/html; charset=utf-8", page(&text, id)),
+        Accept::Json => ("application/json", json(&text, id)),
+    };
+    let mut response = Response::new(ResponseBody::from(Bytes::from(body)));
+    *response.status_mut() = StatusCode::from_u16(text.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(X_SYSTEMPROMPT_ERROR, HeaderValue::from_static(text.code.as_str()));
+    if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
+        headers.insert(X_REQUEST_ID, value);
+    }
+    if let Some(seconds) = text.retry_after {
+        headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
+}
+
+/// In which form a client wants to be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Accept {
+    Page,
+    Json,
+}
+
+impl Accept {
+    /// Whichever of the two is named first; programs that name neither get JSON.
+    pub(crate) fn of(headers: &HeaderMap) -> Self {
+        for value in headers.get_all(ACCEPT) {
+            for range in value.as_bytes().split(|byte| *byte == b',') {
+                let kind = range.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
+                if kind.eq_ignore_ascii_case(b"text/html") {
+                    return Self::Page;
+                }
+                if kind.eq_ignore_ascii_case(b"application/json") {
+                    return Self::Json;
+                }
+            }
+        }
+        Self::Json
+    }
+}
+
+fn json(text: &Text, id: RequestId) -> String {
+    let mut error = ApiError::new(text.code, text.message).hint(text.hint);
+    error.request_id = Some(id);
+    serde_json::to_string(&ErrorBody { error }).expect("texts and ids always serialise")
+}
+
+fn page(text: &Text, id: RequestId) -> String {
+    let Text { code, message, hint, .. } = text;
+    let status = code.status();
+    // All texts are our own constants; backquotes are their only markup.
+    let hint = hint.split('`').enumerate().fold(String::new(), |html, (index, part)| match index % 2 {
+        0 => html + part,
+        _ => format!("{html}<code>{part}</code>"),
+    });
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width\">\n<title>{status} {code}</title>\n\
+         <style>body{{font:1rem/1.5 system-ui,sans-serif;max-width:34rem;margin:15vh auto;padding:0 1rem;\
+         color:#222;background:#fff}}small{{color:#666}}\
+         @media(prefers-color-scheme:dark){{body{{color:#ddd;background:#181818}}small{{color:#999}}}}</style>\n\
+         <h1>{status}</h1>\n<p>{message}</p>\n<p>{hint}</p>\n\
+         <p><small>{code} · request {id}</small></p>\n</html>\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn browsers_get_pages_and_programs_get_json() {
+        for (accept, expected) in [
+            ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", Accept::Page),
+            ("application/json", Accept::Json),
+            ("application/json, text/html", Accept::Json),
+            ("Text/HTML;q=1", Accept::Page),
+            ("*/*", Accept::Json),
+        ] {
+            let headers = [(ACCEPT, HeaderValue::from_static(accept))].into_iter().collect();
+            assert_eq!(Accept::of(&headers), expected, "{accept}");
+        }
+        assert_eq!(Accept::of(&HeaderMap::new()), Accept::Json);
+    }
+
+    #[test]
+    fn a_page_shows_code_and_request() {
+        let id = RequestId::new();
+        let page = page(&Problem::Unavailable(Why::AwaitingDeploy).text(), id);
+        assert!(page.contains("<code>systemprompt cloud deploy</code>") && page.contains(&id.to_string()), "{page}");
+        assert!(page.contains("<title>503 awaiting_deploy</title>"), "{page}");
+    }
+}
