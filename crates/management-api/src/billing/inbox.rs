@@ -184,6 +184,8 @@ async fn record(
     event: &ManualEvent,
     body: &[u8],
 ) -> Result<bool, sqlx::Error> {
+    // It was parsed as JSON, so it is UTF-8.
+    let body = String::from_utf8_lossy(body);
     let inserted = sqlx::query!(
         "INSERT INTO inbox_events (event_id, source, kind, occurred_at, body, outcome) VALUES ($1, $2, $3, $4, $5, $6)
          ON CONFLICT (event_id) DO NOTHING",
@@ -191,7 +193,7 @@ async fn record(
         source.as_str(),
         event.kind,
         event.occurred_at,
-        String::from_utf8_lossy(body).as_ref(),
+        &*body,
         Outcome::Ignored as Outcome,
     )
     .execute(&mut **tx)

@@ -32,9 +32,8 @@ impl FromStr for Signature {
         for part in text.split(';') {
             match part.trim().split_once('=').ok_or(SignatureError::Malformed)? {
                 ("ts", digits) if timestamp.is_none() => timestamp = Some(unix_seconds(digits)?),
-                ("ts", _) => return Err(SignatureError::Malformed),
                 ("h1", tag) if tags.len() < MAX_TAGS => tags.push(tag_bytes(tag)?),
-                ("h1", _) => return Err(SignatureError::Malformed),
+                ("ts" | "h1", _) => return Err(SignatureError::Malformed),
                 // Later versions of the scheme may stand beside ours.
                 _ => {}
             }

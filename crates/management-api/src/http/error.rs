@@ -138,7 +138,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Failure> {
         require_json(request.headers().get(header::CONTENT_TYPE))?;
-        let body = Bytes::from_request(request, state).await.map_err(body_failure)?;
+        let body = Bytes::from_request(request, state).await.map_err(|rejection| body_failure(&rejection))?;
         parse_json(&body).map(Self)
     }
 }
@@ -163,7 +163,7 @@ pub(crate) fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure>
 }
 
 /// A failure of reading the body, before its content matters.
-pub(crate) fn body_failure(rejection: BytesRejection) -> Failure {
+fn body_failure(rejection: &BytesRejection) -> Failure {
     if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
         Failure::new(ErrorCode::TooLarge, "the body is larger than this call accepts")
     } else {
