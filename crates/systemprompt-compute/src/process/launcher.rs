@@ -1,0 +1,287 @@
+//! The launcher: a second start of our own binary that turns itself into the sandbox.
+//!
+//! It exists because nothing may run between `fork` and `exec` in safe Rust. It reads its order from stdin, so that
+//! no secret is ever in a command line or an environment that others can see, and then, in this order: own session;
+//! no inherited descriptors; the status file's lock, which proves that no other launcher of this instance lives,
+//! and which the outer bwrap keeps for its life; header into the status file; control groups; network namespace;
+//! a private view of the paths that are mounted, so that the data directory can stay closed to tenants' users;
+//! resource limits; the app's own uid; bwrap.
+
+use super::{
+    host::{ProcessId, boot_id},
+    layout::{InstanceFiles, read_record},
+    network::set_sysctl,
+    state::{InstanceRecord, RunHeader, StatusLine},
+};
+use chrono::Utc;
+use rustix::{
+    fs::{FlockOperation, MemfdFlags, flock, memfd_create},
+    io::{Errno, FdFlags, fcntl_setfd},
+    mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags},
+    process::{Resource, Rlimit, getrlimit, setrlimit, setsid},
+    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, set_no_new_privs},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Seek, Write},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{
+            fs::{OpenOptionsExt, fchown},
+            process::CommandExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+use systemprompt_contract::Secret;
+
+/// Everything the launcher needs to know; the driver decides, the launcher executes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Order {
+    pub(crate) attempt: u32,
+    /// Directory of the instance's files.
+    pub(crate) directory: PathBuf,
+    pub(crate) bwrap: PathBuf,
+    /// Options of bwrap, without status descriptor and environment.
+    pub(crate) options: Vec<String>,
+    pub(crate) command: Vec<String>,
+    pub(crate) environment: BTreeMap<String, Secret>,
+    /// Files to write our pid to.
+    pub(crate) cgroups: Vec<PathBuf>,
+    pub(crate) limits: ResourceLimits,
+    /// What only root can do.
+    pub(crate) privileged: Option<Privileged>,
+}
+
+/// The part of an order that needs root.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Privileged {
+    /// Uid and gid of the app.
+    pub(crate) uid: u32,
+    /// The network namespace's file.
+    pub(crate) namespace: PathBuf,
+    /// What is mounted, and under which name below [`STAGE`] bwrap finds it.
+    pub(crate) staged: Vec<(PathBuf, String)>,
+}
+
+/// Limits per process, in force everywhere.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct ResourceLimits {
+    /// Private writable memory, where no control group limits it.
+    pub(crate) data_bytes: Option<u64>,
+    /// Open files.
+    pub(crate) files: u64,
+    /// Tasks of the uid, where no control group limits them.
+    pub(crate) tasks: Option<u64>,
+}
+
+/// Where staged paths appear, in the launcher's own mount namespace only.
+pub(crate) const STAGE: &str = "/mnt";
+
+/// How long to wait for a launcher of an earlier attempt to notice that it is late.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The hidden subcommand that [`ProcessConfig::launcher`](super::ProcessConfig::launcher) names. Call it first thing
+/// in `main`, before any thread exists. `arguments` are what the driver put behind the prefix: they only show in
+/// process lists. On success it never returns, since the process has become the sandbox.
+pub fn launcher_main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    drop(arguments.into_iter());
+    let order = match read_order() {
+        Ok(order) => order,
+        Err(error) => return complain(&error),
+    };
+    let status = match begin(&order) {
+        Ok(Some(status)) => status,
+        // Somebody else has this instance, or it is gone: nothing to do and nothing to say.
+        Ok(None) => return ExitCode::SUCCESS,
+        Err(error) => return complain(&error),
+    };
+    let Err(error) = run(&order, &status);
+    let failed = StatusLine::Failed { failed: error.to_string() };
+    // The driver reads it from there; stderr is for the case that even this fails.
+    if let Err(error) = append(&status, &failed) {
+        return complain(&error);
+    }
+    ExitCode::FAILURE
+}
+
+fn complain(error: &io::Error) -> ExitCode {
+    let _ = writeln!(io::stderr(), "launcher: {error}");
+    ExitCode::FAILURE
+}
+
+fn read_order() -> io::Result<Order> {
+    let mut text = zeroize::Zeroizing::new(String::new());
+    io::stdin().read_to_string(&mut text)?;
+    // A driver that died while writing leaves half an order, which does not parse.
+    serde_json::from_str(&text).map_err(|error| io::Error::other(format!("the order is not whole: {error}")))
+}
+
+/// Up to the header in the status file. Nothing when this launcher is late.
+fn begin(order: &Order) -> io::Result<Option<File>> {
+    // Fails for a process that leads a session already; that is as good.
+    let _ = setsid();
+    close_fds::set_fds_cloexec(3, &[]);
+    let files = InstanceFiles::at(order.directory.clone());
+    let mut options = OpenOptions::new();
+    let status = match options.append(true).read(true).create(true).mode(0o600).open(files.status()) {
+        // The instance has been removed meanwhile.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other?,
+    };
+    if !lock(&status)? {
+        return Ok(None);
+    }
+    super::crash::point("compute.launcher.locked");
+    // Only now is it certain that the number stays: the driver raises it under the same lock.
+    let record: Option<InstanceRecord> = read_record(&files.record())?;
+    if record.is_none_or(|record| record.attempt != order.attempt) {
+        return Ok(None);
+    }
+    let header = RunHeader { attempt: order.attempt, launcher: ProcessId::own()?, boot: boot_id()?, at: Utc::now() };
+    append(&status, &StatusLine::Header(header))?;
+    super::crash::point("compute.launcher.header");
+    Ok(Some(status))
+}
+
+fn lock(status: &File) -> io::Result<bool> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match flock(status, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(true),
+            Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(Errno::WOULDBLOCK) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Everything after the header; returns only what went wrong.
+fn run(order: &Order, status: &File) -> Result<std::convert::Infallible, io::Error> {
+    for entrance in &order.cgroups {
+        let pid = rustix::process::getpid().as_raw_nonzero().to_string();
+        fs::write(entrance, pid).map_err(in_words(&format!("entering {}", entrance.display())))?;
+    }
+    super::crash::point("compute.launcher.cgroup");
+    // Tenants go first when the host runs out of memory. Raising needs no privilege.
+    let _ = fs::write("/proc/self/oom_score_adj", "500");
+    let output = InstanceFiles::at(order.directory.clone()).output();
+    let output = OpenOptions::new().append(true).create(true).mode(0o600).open(output).map_err(in_words("the output"))?;
+    if let Some(privileged) = &order.privileged {
+        // The app may open /dev/stdout by name, as many do.
+        fchown(&output, Some(privileged.uid), Some(privileged.uid)).map_err(in_words("the output"))?;
+        enter_network(&privileged.namespace).map_err(in_words("the network namespace"))?;
+        stage(&privileged.staged).map_err(in_words("mounting"))?;
+    }
+    limit(order.limits).map_err(in_words("resource limits"))?;
+    super::crash::point("compute.launcher.limited");
+    let arguments = arguments(order, status).map_err(in_words("arguments of the sandbox"))?;
+    for kept in [status.as_fd(), arguments.as_fd()] {
+        fcntl_setfd(kept, FdFlags::empty())?;
+    }
+    set_no_new_privs(true)?;
+    let mut command = Command::new(&order.bwrap);
+    command
+        .arg("--args")
+        .arg(arguments.as_raw_fd().to_string())
+        .arg("--")
+        .args(&order.command)
+        // Not the tenant's: LD_PRELOAD would run its code in bwrap, outside the sandbox.
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output);
+    if let Some(privileged) = &order.privileged {
+        command.uid(privileged.uid).gid(privileged.uid);
+    }
+    Err(in_words("starting bwrap")(command.exec()))
+}
+
+fn append(mut status: &File, line: &StatusLine) -> io::Result<()> {
+    let mut text = serde_json::to_vec(line)?;
+    text.push(b'\n');
+    status.write_all(&text)
+}
+
+/// From here on the process sees the instance's network only; all of it is IPv4.
+fn enter_network(namespace: &Path) -> io::Result<()> {
+    let namespace = File::open(namespace)?;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+    set_sysctl("ipv6/conf/all/disable_ipv6", "1")?;
+    set_sysctl("ipv6/conf/default/disable_ipv6", "1")
+}
+
+/// Shows the paths below [`STAGE`], so that bwrap, running as the app's uid, need not search the data directory.
+fn stage(paths: &[(PathBuf, String)]) -> io::Result<()> {
+    #[allow(deprecated, reason = "deprecated for the flags that break descriptors; a mount namespace breaks none")]
+    rustix::thread::unshare(UnshareFlags::NEWNS)?;
+    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    // Taken before anything is covered: the data directory may itself lie below the stage.
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let mut trees = Vec::new();
+    for (path, name) in paths {
+        let tree = rustix::mount::open_tree(rustix::fs::CWD, path, flags)
+            .map_err(|error| in_words(&path.display().to_string())(error.into()))?;
+        trees.push((tree, fs::metadata(path)?.is_dir(), Path::new(STAGE).join(name)));
+    }
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    rustix::mount::mount("tmpfs", STAGE, "tmpfs", flags, Some(c"mode=0755"))?;
+    for (tree, is_directory, target) in trees {
+        if is_directory {
+            fs::create_dir(&target)?;
+        } else {
+            File::create(&target)?;
+        }
+        rustix::mount::move_mount(&tree, c"", rustix::fs::CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    }
+    Ok(())
+}
+
+fn limit(limits: ResourceLimits) -> io::Result<()> {
+    let wanted = [
+        (Resource::Core, Some(0)),
+        (Resource::Nofile, Some(limits.files)),
+        (Resource::Data, limits.data_bytes),
+        (Resource::Nproc, limits.tasks),
+    ];
+    for (resource, value) in wanted {
+        let Some(value) = value else { continue };
+        // Lowered only: raising the hard limit is a privilege that even root may lack.
+        let value = getrlimit(resource).maximum.map_or(value, |maximum| maximum.min(value));
+        setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?;
+    }
+    Ok(())
+}
+
+/// Options by descriptor and not by command line: they hold the environment, and both the host's process list and
+/// the tenant (whose pid 1 is bwrap) can read a command line.
+fn arguments(order: &Order, status: &File) -> io::Result<OwnedFd> {
+    let mut text = zeroize::Zeroizing::new(Vec::new());
+    let status = status.as_raw_fd().to_string();
+    let mut push = |word: &str| {
+        text.extend_from_slice(word.as_bytes());
+        text.push(0);
+    };
+    order.options.iter().for_each(|option| push(option));
+    ["--json-status-fd", &status].into_iter().for_each(&mut push);
+    for (name, value) in &order.environment {
+        ["--setenv", name, value.expose()].into_iter().for_each(&mut push);
+    }
+    let mut file = File::from(memfd_create("arguments", MemfdFlags::CLOEXEC)?);
+    file.write_all(&text)?;
+    file.rewind()?;
+    Ok(file.into())
+}
+
+fn in_words(what: &str) -> impl FnOnce(io::Error) -> io::Error + use<> {
+    let what = what.to_owned();
+    move |error| io::Error::new(error.kind(), format!("{what}: {error}"))
+}

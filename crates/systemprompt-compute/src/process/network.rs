@@ -1,0 +1,187 @@
+//! A network namespace per instance: a link to the host, a default route through it, and nothing else.
+//!
+//! The namespace is a named one (`ip netns`), made before the instance and entered by the launcher, so that there
+//! is no instant at which an instance runs in another. It has no IPv6: the launcher switches it off inside.
+
+use super::{
+    address::{Link, default_device, parse_routes},
+    command::Tool,
+    firewall::{Egress, Firewall, Tools},
+    lock::FileLock,
+    state::Reach,
+};
+use std::{
+    fs, io,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+/// The port every instance is told to listen on in its own namespace.
+pub(crate) const PORT: u16 = 8080;
+
+/// Makes and removes instances' networks on this host.
+#[derive(Debug)]
+pub(crate) struct Networks {
+    pub(crate) firewall: Firewall,
+    pub(crate) ip: Tool,
+    pub(crate) tools: Tools,
+    /// Whether it was said once that instances do not get out.
+    pub(crate) warned: AtomicBool,
+}
+
+impl Networks {
+    /// Picks a free network, lets the caller record it, then makes it. All under a lock of the whole machine:
+    /// other installations pick from the same ranges.
+    ///
+    /// # Errors
+    /// When the pool is used up or a tool fails; half of a network may then be left, under the recorded number.
+    pub(crate) fn create(
+        &self,
+        preferred: Option<u32>,
+        taken: impl FnOnce() -> io::Result<Vec<u32>>,
+        record: impl FnOnce(Reach) -> io::Result<()>,
+    ) -> io::Result<PathBuf> {
+        let _machine = machine_lock()?;
+        let routes = fs::read_to_string("/proc/net/route")?;
+        let pool = self.firewall.pool;
+        let slot = pool.free_slot(preferred, &taken()?, &parse_routes(&routes)).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::QuotaExceeded, format!("no free /30 network is left in the pool {pool}"))
+        })?;
+        let link = pool.slot(slot);
+        record(Reach::Namespace { slot, address: SocketAddr::from((link.instance(), PORT)) })?;
+        super::crash::point("compute.launch.recorded");
+        self.allow_egress(default_device(&routes).as_deref())?;
+        super::crash::point("compute.launch.firewall");
+        self.remove_network(slot)?;
+        self.make_network(slot, link, mtu(default_device(&routes).as_deref()))?;
+        Ok(namespace_path(&self.namespace(slot)))
+    }
+
+    /// Removes an instance's network; what is gone already is no error.
+    pub(crate) fn remove(&self, slot: u32) -> io::Result<()> {
+        let _machine = machine_lock()?;
+        self.remove_network(slot)
+    }
+
+    /// Removes the rules, for when the last app has gone.
+    pub(crate) fn remove_rules(&self) -> io::Result<()> {
+        let _machine = machine_lock()?;
+        self.firewall.remove(&self.tools)
+    }
+
+    fn make_network(&self, slot: u32, link: Link, mtu: u32) -> io::Result<()> {
+        let (namespace, device) = (self.namespace(slot), self.device(slot));
+        let (host, instance) = (link.host(), link.instance());
+        self.ip.run(
+            &["-batch", "-"],
+            &format!("netns add {namespace}\nlink add {device} type veth peer name eth0 netns {namespace}\n"),
+        )?;
+        super::crash::point("compute.launch.namespace");
+        // Before the link is up: it must never have an IPv6 address, which no rule of ours filters.
+        set_sysctl(&format!("ipv6/conf/{device}/disable_ipv6"), "1")?;
+        set_sysctl(&format!("ipv4/conf/{device}/forwarding"), "1")?;
+        self.ip.run(
+            &["-batch", "-"],
+            &format!("addr add {host}/30 dev {device}\nlink set {device} mtu {mtu} up\n"),
+        )?;
+        self.ip.run(
+            &["-n", &namespace, "-batch", "-"],
+            &format!(
+                "link set lo up\naddr add {instance}/30 dev eth0\nlink set eth0 mtu {mtu} up\nroute add default via {host}\n"
+            ),
+        )?;
+        Ok(())
+    }
+
+    fn remove_network(&self, slot: u32) -> io::Result<()> {
+        let (namespace, device) = (self.namespace(slot), self.device(slot));
+        let mut batch = String::new();
+        // The link first: with the namespace it would go too, but only some time later.
+        if Path::new("/sys/class/net").join(&device).exists() {
+            batch.push_str(&format!("link del {device}\n"));
+        }
+        if namespace_path(&namespace).exists() {
+            batch.push_str(&format!("netns del {namespace}\n"));
+        }
+        if !batch.is_empty() {
+            self.ip.run(&["-batch", "-"], &batch)?;
+        }
+        Ok(())
+    }
+
+    /// Rules always; NAT and forwarding where the kernel has them.
+    fn allow_egress(&self, device: Option<&str>) -> io::Result<()> {
+        let egress = self.firewall.ensure(&self.tools)?;
+        // Answers come in by this device; the switch for the whole machine is not needed and not touched.
+        let forwarding = device.map_or(Ok(()), |device| set_sysctl(&format!("ipv4/conf/{device}/forwarding"), "1"));
+        let reason = match (egress, device, forwarding) {
+            (Egress::Nat, Some(_), Ok(())) => return Ok(()),
+            (Egress::Unavailable, ..) => "the kernel has no NAT (iptables -t nat)".to_owned(),
+            (_, None, _) => "the host has no default route".to_owned(),
+            (_, Some(_), Err(error)) => error.to_string(),
+        };
+        if !self.warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!(reason, "instances run without access to the internet");
+        }
+        Ok(())
+    }
+
+    fn namespace(&self, slot: u32) -> String {
+        format!("sp-{}-{slot}", self.firewall.id)
+    }
+
+    /// At most 14 characters: the kernel allows 15.
+    fn device(&self, slot: u32) -> String {
+        format!("sp{}-{slot}", self.firewall.id)
+    }
+}
+
+/// Addresses of the host's DNS servers that an instance can reach: none on the host itself.
+pub(crate) fn host_resolvers() -> Vec<Ipv4Addr> {
+    // systemd-resolved keeps the real servers in the first file; the second then names itself, on loopback.
+    let files = ["/run/systemd/resolve/resolv.conf", "/etc/resolv.conf"];
+    let found = files.iter().filter_map(|file| fs::read_to_string(file).ok()).map(|text| parse_resolvers(&text));
+    found.into_iter().find(|resolvers| !resolvers.is_empty()).unwrap_or_default()
+}
+
+fn parse_resolvers(text: &str) -> Vec<Ipv4Addr> {
+    let servers = text.lines().filter_map(|line| line.trim().strip_prefix("nameserver"));
+    servers.filter_map(|server| server.trim().parse().ok()).filter(|server: &Ipv4Addr| !server.is_loopback()).collect()
+}
+
+fn namespace_path(namespace: &str) -> PathBuf {
+    Path::new("/run/netns").join(namespace)
+}
+
+fn mtu(device: Option<&str>) -> u32 {
+    let read = |device| fs::read_to_string(format!("/sys/class/net/{device}/mtu")).ok()?.trim().parse().ok();
+    device.and_then(read).unwrap_or(1500)
+}
+
+/// A kernel without the feature has no such file; that is fine for what is switched here.
+pub(crate) fn set_sysctl(name: &str, value: &str) -> io::Result<()> {
+    let path = Path::new("/proc/sys/net").join(name);
+    match fs::read_to_string(&path) {
+        Ok(now) if now.trim() == value => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        _ => fs::write(&path, value)
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))),
+    }
+}
+
+fn machine_lock() -> io::Result<FileLock> {
+    let directory = if Path::new("/run/lock").is_dir() { "/run/lock" } else { "/run" };
+    FileLock::exclusive(&Path::new(directory).join("systemprompt-network"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resolver_on_loopback_is_none_for_an_instance() {
+        let text = "# nameserver 9.9.9.9\nnameserver 127.0.0.53\nnameserver ::1\n nameserver 10.1.2.3\nsearch x\n";
+        assert_eq!(parse_resolvers(text), [Ipv4Addr::new(10, 1, 2, 3)]);
+    }
+}

@@ -1,0 +1,153 @@
+//! Opening the driver: what this host has and lacks, said before the first instance is wanted.
+
+use super::{
+    ProcessConfig,
+    cgroup::Cgroups,
+    command::Tool,
+    firewall::{Firewall, Tools},
+    host::find_program,
+    instance::Inner,
+    layout::{Layout, private_directory},
+    lock::FileLock,
+    network::{Networks, host_resolvers},
+};
+use std::{
+    fs, io,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::atomic::AtomicBool,
+};
+
+/// Why the driver cannot work on this host. `Display` says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A program is missing.
+    #[error("{program} is needed to run instances and was not found: install it with `apt-get install {package}`")]
+    Missing {
+        /// Program that was searched for.
+        program: &'static str,
+        /// Debian package that has it.
+        package: &'static str,
+    },
+    /// bubblewrap is there and cannot make a sandbox.
+    #[error("bubblewrap cannot make a sandbox on this host: {said}; unprivileged user namespaces must be allowed \
+             (`sysctl kernel.unprivileged_userns_clone=1`, `sysctl user.max_user_namespaces=10000`)")]
+    NoSandbox {
+        /// What bubblewrap said.
+        said: String,
+    },
+    /// The data directory cannot be used.
+    #[error("the data directory {} cannot be used: {source}", path.display())]
+    Data {
+        /// Where it is.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The launcher command is empty.
+    #[error("expected a command that starts the launcher, got an empty one")]
+    NoLauncher,
+    /// Called outside a runtime.
+    #[error("expected to be called within a tokio runtime")]
+    NoRuntime,
+}
+
+/// Uid of the first app of the first installation; user names end far below, and container ranges begin above.
+const FIRST_UID: u32 = 210_000;
+/// Installations start at different uids, so that two on one machine rarely share one.
+const INSTALLATIONS: u32 = 4096;
+const UIDS_APART: u32 = 64;
+
+impl Inner {
+    pub(crate) fn open(config: ProcessConfig) -> Result<Self, OpenError> {
+        if config.launcher.is_empty() {
+            return Err(OpenError::NoLauncher);
+        }
+        let root = rustix::process::geteuid().is_root();
+        let bwrap = program("bwrap", "bubblewrap")?;
+        let data_error = |source| OpenError::Data { path: config.data.clone(), source };
+        private_directory(&config.data).map_err(data_error)?;
+        let data = config.data.canonicalize().map_err(data_error)?;
+        let layout = Layout::create(&data).map_err(data_error)?;
+        let id = installation_id(&layout).map_err(data_error)?;
+        let first_uid = FIRST_UID + u32::from_str_radix(&id, 16).unwrap_or(0) % INSTALLATIONS * UIDS_APART;
+        try_sandbox(&bwrap, root.then_some(first_uid))?;
+        let networks = if root { Some(networks(&config, &id)?) } else { None };
+        let cgroups = root.then(|| Cgroups::detect(&format!("systemprompt-{id}"))).flatten();
+        if cgroups.is_none() {
+            tracing::warn!("no control groups to write to: memory is limited per process and not per instance");
+        }
+        layout.empty_trash().map_err(data_error)?;
+        Ok(Self { layout, config: ProcessConfig { data, ..config }, bwrap, first_uid, networks, cgroups })
+    }
+}
+
+fn networks(config: &ProcessConfig, id: &str) -> Result<Networks, OpenError> {
+    let tool = |name, package| program(name, package).map(|path| Tool { path });
+    let resolvers =
+        if config.network.resolvers.is_empty() { host_resolvers() } else { config.network.resolvers.clone() };
+    if resolvers.is_empty() {
+        tracing::warn!("the host's DNS servers are on loopback, where instances cannot go: they resolve no names");
+    }
+    Ok(Networks {
+        firewall: Firewall { id: id.to_owned(), pool: config.network.pool, resolvers },
+        ip: tool("ip", "iproute2")?,
+        tools: Tools {
+            save: tool("iptables-save", "iptables")?,
+            restore: tool("iptables-restore", "iptables")?,
+        },
+        warned: AtomicBool::new(false),
+    })
+}
+
+fn program(program: &'static str, package: &'static str) -> Result<PathBuf, OpenError> {
+    find_program(program).ok_or(OpenError::Missing { program, package })
+}
+
+/// Six hex digits made once: they name this installation's chains, links, namespaces and control groups.
+fn installation_id(layout: &Layout) -> io::Result<String> {
+    let _lock = FileLock::exclusive(&layout.installation_lock())?;
+    let path = layout.installation();
+    match fs::read_to_string(&path) {
+        Ok(id) if id.len() == 6 && id.bytes().all(|byte| byte.is_ascii_hexdigit()) => Ok(id),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "expected six hex digits in the file `installation`")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let id = uuid::Uuid::new_v4().simple().to_string()[..6].to_owned();
+            write_whole(&path, &id)?;
+            Ok(id)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes a small file so that it is whole or absent.
+pub(crate) fn write_whole(path: &Path, text: &str) -> io::Result<()> {
+    let directory = path.parent().ok_or_else(|| io::Error::other("a file needs a directory"))?;
+    let file = tempfile::NamedTempFile::new_in(directory)?;
+    fs::write(file.path(), text)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
+
+/// Makes the sandbox that instances will need, with nothing in it.
+fn try_sandbox(bwrap: &Path, uid: Option<u32>) -> Result<(), OpenError> {
+    let mut command = Command::new(bwrap);
+    command
+        .args(["--unshare-user", "--unshare-pid", "--disable-userns", "--ro-bind", "/", "/", "--proc", "/proc"])
+        .args(["--dev", "/dev", "--", "/bin/true"])
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null());
+    if let Some(uid) = uid {
+        command.uid(uid).gid(uid);
+    }
+    let no_sandbox = |said: String| OpenError::NoSandbox { said };
+    let output = command.output().map_err(|error| no_sandbox(error.to_string()))?;
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(no_sandbox(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+    }
+}
