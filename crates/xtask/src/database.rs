@@ -133,4 +133,26 @@ mod tests {
         assert_eq!(account(passwd, "postgres"), Some(Owner { uid: 110, gid: 118 }));
         assert_eq!(account(passwd, "nobody"), None);
     }
+
+    #[test]
+    fn a_cluster_runs_files_and_leaves_nothing_behind() {
+        let shell = Shell::open().unwrap();
+        let files = tempfile::tempdir().unwrap();
+        let (good, bad) = (files.path().join("good.sql"), files.path().join("bad.sql"));
+        std::fs::write(&good, "CREATE TABLE a (b int); INSERT INTO a VALUES (1);").unwrap();
+        std::fs::write(&bad, "INSERT INTO a VALUES (2); INSERT INTO nowhere VALUES (1);").unwrap();
+
+        let cluster = Cluster::start(&shell).unwrap();
+        cluster.run_file(&shell, &good).unwrap();
+        let error = cluster.run_file(&shell, &bad).unwrap_err().to_string();
+        assert!(error.contains("nowhere"), "{error}");
+        let rows = shell.read_quiet(cluster.psql().args(["-At", "-c", "SELECT count(*) FROM a"])).unwrap();
+        assert_eq!(rows.trim(), "1", "a file that fails changes nothing");
+
+        let folder = cluster.folder.path().to_owned();
+        let pid = Pid::from_child(&cluster.server);
+        drop(cluster);
+        assert!(!folder.exists());
+        assert!(rustix::process::test_kill_process(pid).is_err());
+    }
 }

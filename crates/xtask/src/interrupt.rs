@@ -38,7 +38,7 @@ pub(crate) struct Interrupts(Arc<State>);
 struct State {
     interrupted: AtomicBool,
     foreground: Mutex<Option<OwnedFd>>,
-    listener: Mutex<Option<Box<dyn Fn() + Send>>>,
+    listeners: Mutex<Vec<Box<dyn Fn() + Send>>>,
 }
 
 impl Interrupts {
@@ -56,9 +56,15 @@ impl Interrupts {
         if self.0.interrupted.load(Ordering::SeqCst) { Err(Interrupted) } else { Ok(()) }
     }
 
-    /// Calls `listener` at every signal from now on, instead of the one before.
+    /// Calls `listener` at every signal from now on.
     pub(crate) fn listen(&self, listener: impl Fn() + Send + 'static) {
-        *self.0.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(listener));
+        self.0.listeners.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(listener));
+    }
+
+    /// As if a signal had come.
+    #[cfg(test)]
+    pub(crate) fn raise(&self) {
+        self.0.interrupt();
     }
 
     /// Passes signals on to `child` until the answer is dropped. A terminal signals the whole process group by
@@ -77,9 +83,7 @@ impl State {
             // It may have ended by itself in this moment: then there is nothing left to tell it.
             let _ = pidfd_send_signal(child, Signal::TERM);
         }
-        if let Some(listener) = &*self.listener.lock().unwrap_or_else(PoisonError::into_inner) {
-            listener();
-        }
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|listener| listener());
     }
 }
 
@@ -95,4 +99,34 @@ impl Drop for Foreground<'_> {
 /// A handle that means this child and never a later process of the same number.
 pub(crate) fn pidfd(child: &Child) -> std::io::Result<OwnedFd> {
     Ok(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{os::unix::process::ExitStatusExt as _, process::Command};
+
+    #[test]
+    fn an_interrupt_is_remembered_and_passed_on_to_the_child_of_the_moment() {
+        let interrupts = Interrupts(Arc::default());
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let foreground = interrupts.foreground(&child).unwrap();
+        assert!(interrupts.check().is_ok());
+        interrupts.raise();
+        assert!(interrupts.check().is_err());
+        assert_eq!(child.wait().unwrap().signal(), Some(SIGTERM));
+        drop(foreground);
+    }
+
+    #[test]
+    fn every_listener_is_told() {
+        let interrupts = Interrupts(Arc::default());
+        let (sender, told) = std::sync::mpsc::channel();
+        for name in ["a", "b"] {
+            let sender = sender.clone();
+            interrupts.listen(move || sender.send(name).unwrap());
+        }
+        interrupts.raise();
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), ["a", "b"]);
+    }
 }

@@ -1,5 +1,8 @@
 //! Figures, measured the same way every time.
 
+mod control;
+mod load;
+mod nginx;
 mod row;
 mod spine;
 

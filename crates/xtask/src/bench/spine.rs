@@ -1,23 +1,263 @@
-//! The figures of the spine.
+//! The figures of the spine, on an installation of their own.
 
-use super::row::{Goal, Row};
-use crate::shell::Shell;
-use anyhow::Result;
+use super::{
+    control::{ControlDatabase, pss_mib},
+    load::Load,
+    nginx,
+    row::{Goal, Row, median, percentile},
+};
+use crate::{
+    packages,
+    shell::Shell,
+    up::{Cloud, Installation, Profile, Server, Tenant, build},
+};
+use anyhow::{Context as _, Result, ensure};
+use std::{fs, net::TcpListener, path::PathBuf, process::Command, sync::mpsc, time::Duration};
 
-const GOALS: [Goal; 8] = [
-    Goal { figure: "phase1_ms", unit: "ms", at_most: 500.0 },
-    Goal { figure: "deploy_ms", unit: "ms", at_most: 3000.0 },
-    Goal { figure: "redeploy_ms", unit: "ms", at_most: 1500.0 },
-    Goal { figure: "redeploy_failed", unit: "requests", at_most: 0.0 },
-    Goal { figure: "route_ms", unit: "ms", at_most: 50.0 },
-    Goal { figure: "control_pss_mib", unit: "MiB", at_most: 60.0 },
-    Goal { figure: "edge_h1_cpu_vs_nginx", unit: "ratio", at_most: 1.0 },
-    Goal { figure: "image_build_ms", unit: "ms", at_most: 200.0 },
-];
+const PHASE1: Goal = Goal { figure: "phase1_ms", unit: "ms", at_most: 500.0 };
+const DEPLOY: Goal = Goal { figure: "deploy_ms", unit: "ms", at_most: 3000.0 };
+const REDEPLOY: Goal = Goal { figure: "redeploy_ms", unit: "ms", at_most: 1500.0 };
+const REDEPLOY_FAILED: Goal = Goal { figure: "redeploy_failed", unit: "requests", at_most: 0.0 };
+const ROUTE: Goal = Goal { figure: "route_ms", unit: "ms", at_most: 50.0 };
+const CONTROL_PSS: Goal = Goal { figure: "control_pss_mib", unit: "MiB", at_most: 60.0 };
+const EDGE_CPU: Goal = Goal { figure: "edge_h1_cpu_vs_nginx", unit: "ratio", at_most: 1.0 };
+const IMAGE_BUILD: Goal = Goal { figure: "image_build_ms", unit: "ms", at_most: 200.0 };
 
-pub(super) fn run(_shell: &Shell) -> Result<()> {
-    for goal in GOALS {
-        println!("{}", Row::new(goal, None));
+const PROVISIONS: usize = 20;
+const DEPLOYS: usize = 5;
+const REDEPLOYS: usize = 5;
+const REDEPLOYS_UNDER_LOAD: usize = 10;
+const REQUESTS_PER_SECOND: u32 = 200;
+const ROUTE_CHANGES: usize = 100;
+const IMAGE_BUILDS: usize = 5;
+const AT_REST: Duration = Duration::from_mins(1);
+
+/// Measures everything; prints one line a figure, also for what could not be measured.
+pub(super) fn run(shell: &Shell) -> Result<()> {
+    packages::ensure(shell, &[packages::TO_RUN, packages::TO_MEASURE])?;
+    let programs = build(shell, Profile::Release, &["e2e"])?;
+    let folder = tempfile::Builder::new().prefix("xtask-bench-").tempdir()?;
+    // PostgreSQL and the tenants run as other users and have to get through.
+    fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let cloud = Cloud::start(shell, installation(programs, folder.path().join("data"))?)?;
+    let rows = measure(shell, &cloud);
+    if rows.is_err() {
+        eprintln!("{}", cloud.log_tail());
     }
-    Ok(())
+    let rows = rows.map(|rows| rows.iter().for_each(|row| println!("{row}")));
+    cloud.stop()?;
+    rows
+}
+
+fn installation(programs: PathBuf, data: PathBuf) -> Result<Installation> {
+    Ok(Installation {
+        programs,
+        data,
+        zone: "systemprompt.localhost".to_owned(),
+        https: free_port()?,
+        http: "off".to_owned(),
+        http_api: None,
+    })
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+fn measure(shell: &Shell, cloud: &Cloud) -> Result<Vec<Row>> {
+    cloud.sign_in(shell)?;
+    let (tenant, _) = cloud.provision(shell, "hello")?;
+    cloud.deploy(shell, &tenant)?;
+    cloud.verify(shell, &tenant)?;
+    let bench = Bench { shell, cloud, tenant, control: ControlDatabase::of(&cloud.installation().data)? };
+
+    // Memory first: later figures add tenants.
+    let control_pss = bench.figure(CONTROL_PSS, Bench::control_pss)?;
+    let mut fresh = Vec::new();
+    let phase1 = bench.figure(PHASE1, |bench| bench.phase1(&mut fresh))?;
+    let deploy = bench.figure(DEPLOY, |bench| bench.deploy(&fresh))?;
+    let redeploy = bench.figure(REDEPLOY, Bench::redeploy)?;
+    let redeploy_failed = bench.figure(REDEPLOY_FAILED, Bench::redeploy_failed)?;
+    let route = bench.figure(ROUTE, Bench::route)?;
+    let edge_cpu = bench.figure(EDGE_CPU, Bench::edge_cpu)?;
+    let image_build = bench.figure(IMAGE_BUILD, Bench::image_build)?;
+    Ok(vec![phase1, deploy, redeploy, redeploy_failed, route, control_pss, edge_cpu, image_build])
+}
+
+struct Bench<'a> {
+    shell: &'a Shell,
+    cloud: &'a Cloud,
+    /// Deployed, serves.
+    tenant: Tenant,
+    control: ControlDatabase,
+}
+
+impl Bench<'_> {
+    /// A figure that cannot be measured is short and says why; the others go on. Only an interrupt ends all.
+    fn figure(&self, goal: Goal, measure: impl FnOnce(&Self) -> Result<f64>) -> Result<Row> {
+        eprintln!("── {}", goal.figure);
+        let value = measure(self);
+        self.shell.interrupts.check()?;
+        if let Err(error) = &value {
+            eprintln!("{} could not be measured: {error:#}", goal.figure);
+        }
+        Ok(Row::new(goal, value.ok()))
+    }
+
+    fn control_pss(&self) -> Result<f64> {
+        let (interrupted, rest) = mpsc::channel();
+        self.shell.interrupts.listen(move || {
+            // Sent too late, nobody waits any more.
+            let _ = interrupted.send(());
+        });
+        // A minute at rest is what is asked for; an interrupt ends it.
+        let _ = rest.recv_timeout(AT_REST);
+        self.shell.interrupts.check()?;
+        pss_mib(self.cloud.process())
+    }
+
+    /// By the database's clock, from the commit of the confirmation to that of `awaiting_deploy`.
+    fn phase1(&self, fresh: &mut Vec<Tenant>) -> Result<f64> {
+        for number in 1..=PROVISIONS {
+            fresh.push(self.cloud.provision(self.shell, &format!("bench-{number}"))?.0);
+        }
+        let rows = self.control.query(
+            self.shell,
+            "SELECT extract(epoch FROM t.ready_at - i.received_at) * 1000
+             FROM tenants t JOIN inbox_events i ON position(t.checkout_id::text IN i.body) > 0
+             WHERE t.name LIKE 'bench-%' AND t.ready_at IS NOT NULL",
+        )?;
+        ensure!(rows.len() == PROVISIONS, "expected {PROVISIONS} provisions in the books, found {}", rows.len());
+        let times: Vec<f64> = rows.iter().map(|row| row.parse()).collect::<Result<_, _>>()?;
+        median(&times).context("nothing was provisioned")
+    }
+
+    fn deploy(&self, fresh: &[Tenant]) -> Result<f64> {
+        ensure!(fresh.len() >= DEPLOYS, "there are no fresh tenants to deploy to");
+        self.median_ms(fresh.iter().take(DEPLOYS).map(|tenant| self.cloud.deploy(self.shell, tenant)))
+    }
+
+    fn redeploy(&self) -> Result<f64> {
+        self.median_ms((0..REDEPLOYS).map(|_| {
+            self.cloud.change_example()?;
+            self.cloud.deploy(self.shell, &self.tenant)
+        }))
+    }
+
+    fn redeploy_failed(&self) -> Result<f64> {
+        let Installation { programs, .. } = self.cloud.installation();
+        let load = Load::open_loop(programs, &self.tenant.url, &self.ca_file(), REQUESTS_PER_SECOND)?;
+        for _ in 0..REDEPLOYS_UNDER_LOAD {
+            self.cloud.change_example()?;
+            self.cloud.deploy(self.shell, &self.tenant)?;
+        }
+        let report = load.finish()?;
+        eprintln!(
+            "{} requests, {} failed, p50 {} us, p99 {} us {:?}",
+            report.sent, report.failed, report.p50_us, report.p99_us, report.failures
+        );
+        ensure!(report.sent > 0, "no request was sent");
+        #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
+        Ok(report.failed as f64)
+    }
+
+    /// A host that appears 100 times, each time with the live tenant's route; between, it goes away again.
+    fn route(&self) -> Result<f64> {
+        let Installation { programs, zone, .. } = self.cloud.installation();
+        let host = format!("bench-route.{zone}");
+        let live = host_of(&self.tenant.url)?;
+        let mut session = self.control.session()?;
+        let mut watch = Load::watch(programs, &self.cloud.installation().url("bench-route"), &self.ca_file())?;
+        let mut times = Vec::new();
+        for _ in 0..ROUTE_CHANGES {
+            watch.expect(200)?;
+            let committed = session.ask(&change_route(&host, live, true))?;
+            let seen = watch.seen()?;
+            let microseconds = u32::try_from(seen - committed.parse::<i64>()?).unwrap_or(0);
+            times.push(f64::from(microseconds) / 1000.0);
+            watch.expect(502)?;
+            session.ask(&change_route(&host, live, false))?;
+            watch.seen()?;
+        }
+        percentile(&times, 95).context("no route was changed")
+    }
+
+    fn edge_cpu(&self) -> Result<f64> {
+        let Installation { programs, data, zone, .. } = self.cloud.installation();
+        let host = host_of(&self.tenant.url)?;
+        let instance = self
+            .control
+            .query(self.shell, &format!("SELECT target #>> '{{upstream,tcp}}' FROM routes WHERE host = '{host}'"))?;
+        let instance = instance.first().filter(|address| !address.is_empty());
+        let instance = instance.context("the tenant's route names no address")?;
+        let port = free_port()?;
+        let mut command = Command::new(programs.join("management-api"));
+        command.arg("edge").arg("--data").arg(data).args([
+            "--zone",
+            zone,
+            "--http",
+            "off",
+            "--https",
+            &format!("127.0.0.1:{port}"),
+        ]);
+        let edge = Server::start(self.shell, command, &data.join("edge-alone.log"))?;
+        let ratio = nginx::compare(self.shell, edge.id(), port, host, instance);
+        edge.stop()?;
+        ratio
+    }
+
+    /// The command line's own measure, with its cache filled: what a person waits for between two edits.
+    fn image_build(&self) -> Result<f64> {
+        self.cloud.build_image(self.shell, &self.tenant)?;
+        let times: Vec<f64> = (0..IMAGE_BUILDS)
+            .map(|_| {
+                let built = self.cloud.build_image(self.shell, &self.tenant)?;
+                let time = built.pointer("/data/timings/build_ms").and_then(serde_json::Value::as_f64);
+                time.context("the command line tells no build_ms")
+            })
+            .collect::<Result<_>>()?;
+        median(&times).context("nothing was built")
+    }
+
+    fn median_ms(&self, times: impl Iterator<Item = Result<Duration>>) -> Result<f64> {
+        let times: Vec<f64> = times.map(|time| Ok(time?.as_secs_f64() * 1000.0)).collect::<Result<_>>()?;
+        self.shell.interrupts.check()?;
+        median(&times).context("nothing was measured")
+    }
+
+    fn ca_file(&self) -> PathBuf {
+        self.cloud.installation().ca_file()
+    }
+}
+
+fn host_of(url: &str) -> Result<&str> {
+    let authority = url.strip_prefix("https://").and_then(|rest| rest.split('/').next());
+    authority.and_then(|authority| authority.split(':').next()).with_context(|| format!("{url} names no host"))
+}
+
+/// As the control plane publishes a route; answers when the change was committed, in microseconds since the epoch.
+fn change_route(host: &str, live: &str, present: bool) -> String {
+    let target = if present { "target" } else { "NULL" };
+    format!(
+        "BEGIN;
+         UPDATE route_clock SET generation = generation + 1;
+         INSERT INTO routes (host, tenant_id, target, generation)
+           SELECT '{host}', tenant_id, {target}, (SELECT generation FROM route_clock) FROM routes WHERE host = '{live}'
+           ON CONFLICT (host) DO UPDATE SET target = excluded.target, generation = excluded.generation;
+         NOTIFY systemprompt_routes;
+         COMMIT;
+         SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_of_a_url_has_no_port() {
+        assert_eq!(host_of("https://a.z:8443/").unwrap(), "a.z");
+        assert_eq!(host_of("https://a.z").unwrap(), "a.z");
+        assert!(host_of("a.z").is_err());
+    }
 }

@@ -78,8 +78,11 @@ fn make(
 
 fn access_token(body: &str) -> Result<String> {
     let answer: Value = serde_json::from_str(body).context("the first account's answer is not JSON")?;
-    let token = answer.get("access_token").or_else(|| answer.pointer("/data/access_token"));
-    token.and_then(Value::as_str).map(str::to_owned).context("the first account's answer has no access_token")
+    answer
+        .get("access_token")
+        .and_then(Value::as_str)
+        .map(str::to_owned)
+        .context("the first account's answer has no access_token")
 }
 
 fn random_password() -> Result<String> {

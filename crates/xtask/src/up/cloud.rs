@@ -142,6 +142,16 @@ impl Cloud {
         tenant_from(&self.cli.json(shell, &["cloud", "tenant", "show", id])?)
     }
 
+    /// What the command line says of an image it builds and does not push.
+    pub(crate) fn build_image(&self, shell: &Shell, tenant: &Tenant) -> Result<Value> {
+        self.cli.json(shell, &["cloud", "deploy", "--dry-run", "--tenant", &tenant.id])
+    }
+
+    /// Process id of `management-api`.
+    pub(crate) fn process(&self) -> u32 {
+        self.server.id()
+    }
+
     /// Deploys the sample project; the answer is the command's wall time.
     pub(crate) fn deploy(&self, shell: &Shell, tenant: &Tenant) -> Result<Duration> {
         let started = Instant::now();
@@ -225,8 +235,7 @@ fn tenant_from(shown: &Value) -> Result<Tenant> {
 
 fn current_database(health: &str) -> Option<String> {
     let health: Value = serde_json::from_str(health).ok()?;
-    let database = health.get("current_database").or_else(|| health.pointer("/database/current_database"))?;
-    database.as_str().map(str::to_owned)
+    health.pointer("/checks/database/name")?.as_str().map(str::to_owned)
 }
 
 fn text(value: &Value, pointer: &str) -> Result<String> {

@@ -7,6 +7,8 @@ use std::{
 };
 
 const PAGE: &str = "web/dist/index.html";
+/// Somebody's sign-in and tenants, when the example was used where it lies.
+const PRIVATE: [&str; 3] = ["credentials.json", "tenants.json", "secrets.json"];
 const STAMP: &str = "<!-- changed by cargo xtask up: ";
 
 /// The copy, made when it is absent: what a person changed in it is never overwritten.
@@ -27,8 +29,8 @@ fn copy_folder(from: &Path, to: &Path) -> Result<()> {
     for entry in fs::read_dir(from)? {
         let entry = entry?;
         let target = to.join(entry.file_name());
-        if entry.file_name() == ".systemprompt" {
-            continue; // somebody's sign-in
+        if PRIVATE.iter().any(|private| entry.file_name() == *private) {
+            continue;
         }
         if entry.file_type()?.is_dir() {
             copy_folder(&entry.path(), &target)?;
@@ -75,14 +77,15 @@ mod tests {
     fn the_copy_is_whole_without_anybody_s_sign_in_and_made_once() {
         let folder = tempfile::tempdir().unwrap();
         let (from, to) = (folder.path().join("from"), folder.path().join("to"));
-        for (file, text) in [(PAGE, "<p>"), (".systemprompt/credentials.json", "{}"), ("services/a.yaml", "a: 1")] {
+        let (profile, credentials) = (".systemprompt/profiles/a/profile.yaml", ".systemprompt/credentials.json");
+        for (file, text) in [(PAGE, "<p>"), (profile, "a: 1"), (credentials, "{}")] {
             fs::create_dir_all(from.join(file).parent().unwrap()).unwrap();
             fs::write(from.join(file), text).unwrap();
         }
         copy_if_absent(&from, &to).unwrap();
         assert_eq!(page(&to).unwrap(), "<p>");
-        assert!(to.join("services/a.yaml").exists());
-        assert!(!to.join(".systemprompt").exists());
+        assert!(to.join(profile).exists());
+        assert!(!to.join(credentials).exists());
 
         change_page(&to, "1").unwrap();
         copy_if_absent(&from, &to).unwrap();

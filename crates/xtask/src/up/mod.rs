@@ -8,6 +8,7 @@ mod report;
 mod server;
 
 pub(crate) use cloud::{Cloud, Installation, Tenant};
+pub(crate) use server::Server;
 
 use crate::{packages, shell::Shell};
 use anyhow::{Context as _, Result};

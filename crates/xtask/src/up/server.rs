@@ -135,10 +135,15 @@ impl Process {
         if self.exited {
             return Ok(());
         }
+        // The interrupt that brought us here is not the second one.
+        while let Ok(event) = self.events.try_recv() {
+            if let Event::Exited(status) = event {
+                return Err(self.ended(status));
+            }
+        }
         self.signal(Signal::TERM);
         loop {
-            let event = self.events.recv_timeout(STOPPED_WITHIN);
-            match event {
+            match self.events.recv_timeout(STOPPED_WITHIN) {
                 Ok(Event::Ready(_)) => {}
                 Ok(Event::Exited(Ok(status))) if status.success() => {
                     self.exited = true;
@@ -270,6 +275,37 @@ mod tests {
             format!("trap 'echo x >{}; exit 0' TERM; echo '{READY}'; while :; do sleep 0.05; done", done.display());
         start(&script, &folder.path().join("log")).unwrap().stop().unwrap();
         assert!(done.exists());
+    }
+
+    #[test]
+    fn the_interrupt_that_ends_the_task_lets_it_drain_and_a_second_kills_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let start = |script: String| {
+            let shell = Shell::open().unwrap();
+            let mut command = Command::new("sh");
+            command.args(["-c", &script]);
+            let server = Server::start(&shell, command, &folder.path().join("log")).unwrap();
+            (shell, server)
+        };
+        let drains = format!("trap 'exit 0' TERM; echo '{READY}'; while :; do sleep 0.05; done");
+        let (shell, mut server) = start(drains);
+        shell.interrupts.raise();
+        server.stay().unwrap();
+        server.stop().unwrap();
+
+        let marked = folder.path().join("told");
+        let refuses = format!("trap 'echo x >{}' TERM; echo '{READY}'; while :; do sleep 0.05; done", marked.display());
+        let (shell, server) = start(refuses);
+        let told = thread::spawn(move || {
+            let deadline = std::time::Instant::now() + Duration::from_secs(30);
+            while !marked.exists() && std::time::Instant::now() < deadline {
+                thread::yield_now();
+            }
+            shell.interrupts.raise();
+        });
+        let error = server.stop().unwrap_err().to_string();
+        told.join().unwrap();
+        assert!(error.contains("second interrupt"), "{error}");
     }
 
     #[test]
