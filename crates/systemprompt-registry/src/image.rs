@@ -1,6 +1,9 @@
 //! From a digest to an image that can run, or the reason why it cannot.
 
-use crate::{ImageError, InvalidImage, store::{self, Store};
+use crate::{
+    ImageError, InvalidImage,
+    store::{self, Store},
+};
 use systemprompt_contract::TenantId;
 use systemprompt_oci::{ConfigError, Descriptor, Digest, ImageConfig, Manifest, StoredImage, StoredLayer};
 
