@@ -1,1 +1,12 @@
+//! A whole installation for tests: the real binaries on real PostgreSQL, killed and started at will, gone at the end.
 
+mod app;
+mod load;
+mod stack;
+mod world;
+
+pub use app::{Pushed, TestApp, push, wait_over};
+pub use load::{LoadReport, open_loop};
+pub use stack::{CliOutput, PATIENCE, Stack, Start, TenantRef, until};
+pub use stack::program;
+pub use world::{World, connect};

@@ -1,1 +1,8 @@
-fn main() {}
+//! The whole stack, as a person and as an attacker would use it.
+
+mod access;
+mod crash;
+mod edge;
+mod faults;
+mod neighbours;
+mod spine;

@@ -17,6 +17,8 @@ mod setup;
 mod tokens;
 
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 
 pub(crate) use accounts::{Account, AccountError, NewAccount, Role, account_by_id, create_account};
@@ -89,6 +91,15 @@ pub(crate) async fn principal(app: &App, headers: &HeaderMap) -> Result<Principa
     tokens::authenticate(app.db.pool(), token)
         .await?
         .ok_or_else(|| unauthorized("the token is not valid, or not any more"))
+}
+
+/// Makes an account and a first token for it, for the operator's own command.
+///
+/// # Errors
+/// When the address is taken; not idempotent.
+pub(crate) async fn create_signed_in(db: &Db, new: NewAccount) -> Result<SignedIn, AccountError> {
+    let account = create_account(db.pool(), new).await?;
+    Ok(tokens::sign_in(db.pool(), account, "created by the operator").await?)
 }
 
 /// The token of `Authorization: Bearer …` (RFC 6750, 2.1); only one such header counts.

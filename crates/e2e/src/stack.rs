@@ -1,0 +1,586 @@
+//! Starts, kills and stops `management-api`, and talks to it the way a person would: by the command line and HTTPS.
+
+use anyhow::{Context as _, bail, ensure};
+use serde_json::Value;
+use std::{
+    fs::{self, File},
+    io::{BufRead as _, BufReader, Write as _},
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+use systemprompt_contract::{Secret, TenantId, paths};
+use tempfile::TempDir;
+
+/// How long anything may take before a test gives up on it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// One installation in a temporary directory. Dropping it stops and removes everything.
+pub struct Stack {
+    directory: TempDir,
+    https_port: u16,
+    running: Option<Child>,
+    edge: Option<Child>,
+    client: reqwest::Client,
+    token: Option<Secret>,
+}
+
+/// How to start `management-api serve`.
+#[derive(Debug, Clone, Default)]
+pub struct Start<'a> {
+    /// Armed crash point: the process kills itself there.
+    pub crash_point: Option<&'a str>,
+    /// No edge in this process.
+    pub without_edge: bool,
+    /// More arguments.
+    pub arguments: &'a [&'a str],
+}
+
+/// A tenant as tests need it.
+#[derive(Debug, Clone)]
+pub struct TenantRef {
+    /// Its id.
+    pub id: TenantId,
+    /// Where it answers.
+    pub url: String,
+    /// The project directory it is deployed from.
+    pub project: PathBuf,
+}
+
+/// What a command said.
+#[derive(Debug)]
+pub struct CliOutput {
+    /// Whether it exited 0.
+    pub ok: bool,
+    /// Everything on stdout.
+    pub stdout: String,
+    /// Everything on stderr.
+    pub stderr: String,
+}
+
+impl CliOutput {
+    /// The one JSON value on stdout.
+    ///
+    /// # Errors
+    /// When stdout is anything else.
+    pub fn json(&self) -> anyhow::Result<Value> {
+        serde_json::from_str(&self.stdout)
+            .with_context(|| format!("expected one JSON value on stdout, got {:?}; stderr: {}", self.stdout, self.stderr))
+    }
+}
+
+impl Stack {
+    /// A new installation, running, with its first account.
+    ///
+    /// # Errors
+    /// When anything of it does not come up.
+    pub async fn start() -> anyhow::Result<Self> {
+        Self::start_with(&Start::default()).await
+    }
+
+    /// A new installation, started in a special way.
+    ///
+    /// # Errors
+    /// When anything of it does not come up.
+    pub async fn start_with(start: &Start<'_>) -> anyhow::Result<Self> {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let mut stack = Self::prepare()?;
+        stack.serve(start)?;
+        stack.client = stack.trusting_client()?;
+        stack.set_up().await?;
+        Ok(stack)
+    }
+
+    /// Directory and port of an installation that was not started yet.
+    ///
+    /// # Errors
+    /// When there is no room for it.
+    pub fn prepare() -> anyhow::Result<Self> {
+        let directory = tempfile::Builder::new().prefix("sp-e2e-").tempdir()?;
+        // Clusters and tenants run under other users, who have to get through.
+        fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        // Free now; the edge says so if somebody takes it in between.
+        let https_port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let client = reqwest::Client::builder().build()?;
+        Ok(Self { directory, https_port, running: None, edge: None, client, token: None })
+    }
+
+    /// Where everything is kept.
+    pub fn data(&self) -> PathBuf {
+        self.directory.path().join("data")
+    }
+
+    /// The HTTPS port of the edge.
+    pub fn https_port(&self) -> u16 {
+        self.https_port
+    }
+
+    /// The base of API calls.
+    pub fn api_url(&self) -> String {
+        format!("https://api.systemprompt.localhost:{}", self.https_port)
+    }
+
+    /// The API token of the first account.
+    ///
+    /// # Panics
+    /// When there is no account yet.
+    pub fn token(&self) -> &Secret {
+        self.token.as_ref().expect("the stack was set up")
+    }
+
+    /// A client that trusts the installation's CA and resolves `*.localhost`.
+    pub fn client(&self) -> &reqwest::Client {
+        &self.client
+    }
+
+    /// Pid of the control plane.
+    pub fn pid(&self) -> Option<u32> {
+        self.running.as_ref().map(Child::id)
+    }
+
+    /// Pid of the separate edge.
+    pub fn edge_pid(&self) -> Option<u32> {
+        self.edge.as_ref().map(Child::id)
+    }
+
+    /// Starts `management-api serve` and waits until it is ready.
+    ///
+    /// # Errors
+    /// With its last words, when it ends instead.
+    pub fn serve(&mut self, start: &Start<'_>) -> anyhow::Result<()> {
+        let mut child = self.spawn_serve(start)?;
+        let ready = self.wait_ready(&mut child);
+        self.running = Some(child);
+        ready
+    }
+
+    /// Starts `management-api serve` without waiting: it may kill itself before it is ready.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn serve_unready(&mut self, start: &Start<'_>) -> anyhow::Result<()> {
+        self.running = Some(self.spawn_serve(start)?);
+        Ok(())
+    }
+
+    fn spawn_serve(&self, start: &Start<'_>) -> anyhow::Result<Child> {
+        let mut command = self.management_api("serve")?;
+        command.args(["--https", &format!("127.0.0.1:{}", self.https_port), "--http", "off"]);
+        command.args(start.arguments);
+        if start.without_edge {
+            command.arg("--without-edge");
+        }
+        if let Some(point) = start.crash_point {
+            command.env("SYSTEMPROMPT_CRASH_POINT", point);
+        }
+        command.spawn().context("starting management-api")
+    }
+
+    /// Starts the edge as a process of its own and waits until it is ready.
+    ///
+    /// # Errors
+    /// With its last words, when it ends instead.
+    pub fn serve_edge(&mut self) -> anyhow::Result<()> {
+        let mut command = self.management_api("edge")?;
+        command.args(["--https", &format!("127.0.0.1:{}", self.https_port), "--http", "off"]);
+        let mut child = command.spawn().context("starting management-api edge")?;
+        let ready = self.wait_ready(&mut child);
+        self.edge = Some(child);
+        ready
+    }
+
+    /// What a second `management-api serve` on `data` and this stack's port has to say.
+    ///
+    /// # Errors
+    /// When it starts all the same.
+    pub fn serve_twice(&self, data: &Path) -> anyhow::Result<String> {
+        let mut command = Command::new(program("management-api")?);
+        command.args(["serve", "--http", "off", "--https", &format!("127.0.0.1:{}", self.https_port), "--data"]).arg(data);
+        let output = command.stdin(Stdio::null()).output()?;
+        ensure!(!output.status.success(), "a second control plane ran and ended well");
+        Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    fn management_api(&self, command: &str) -> anyhow::Result<Command> {
+        let log = File::options().create(true).append(true).open(self.log_file())?;
+        let mut process = Command::new(program("management-api")?);
+        process.arg(command).arg("--data").arg(self.data()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        Ok(process)
+    }
+
+    fn wait_ready(&self, child: &mut Child) -> anyhow::Result<()> {
+        let stdout = child.stdout.take().context("stdout is piped")?;
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line)?;
+        if line.contains("\"ready\"") {
+            return Ok(());
+        }
+        let status = child.wait()?;
+        bail!("management-api ended ({status}) before it was ready:\n{}", self.log_tail())
+    }
+
+    /// Where the processes' stderr goes.
+    pub fn log_file(&self) -> PathBuf {
+        self.directory.path().join("management-api.log")
+    }
+
+    /// The last lines of it, for failures.
+    pub fn log_tail(&self) -> String {
+        let log = fs::read_to_string(self.log_file()).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
+    }
+
+    /// SIGKILL to the control plane.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        kill(self.running.take())
+    }
+
+    /// SIGKILL to the separate edge.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn kill_edge(&mut self) -> anyhow::Result<()> {
+        kill(self.edge.take())
+    }
+
+    /// SIGKILL to both database clusters.
+    ///
+    /// # Errors
+    /// When one of them was not running.
+    pub fn kill_clusters(&self) -> anyhow::Result<()> {
+        for name in ["control", "tenants"] {
+            let pid = self.postmaster(name)?;
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+        }
+        Ok(())
+    }
+
+    fn postmaster(&self, name: &str) -> anyhow::Result<rustix::process::Pid> {
+        let file = self.data().join("postgres").join(name).join("postmaster.pid");
+        let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+        let pid = text.lines().next().and_then(|line| line.trim().parse().ok()).and_then(rustix::process::Pid::from_raw);
+        pid.with_context(|| format!("no pid in {}", file.display()))
+    }
+
+    /// Waits until the control plane has ended by itself, as at an armed crash point.
+    ///
+    /// # Errors
+    /// When it still runs after [`PATIENCE`].
+    pub fn wait_died(&mut self) -> anyhow::Result<()> {
+        let mut child = self.running.take().context("nothing runs")?;
+        let deadline = Instant::now() + PATIENCE;
+        while child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                self.running = Some(child);
+                bail!("expected management-api to die at its crash point; it still runs:\n{}", self.log_tail());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// Whether the control plane has ended by itself.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub fn has_died(&mut self) -> anyhow::Result<bool> {
+        let ended = match &mut self.running {
+            Some(child) => child.try_wait()?.is_some(),
+            None => true,
+        };
+        if ended {
+            self.running = None;
+        }
+        Ok(ended)
+    }
+
+    /// SIGTERM to the control plane, and waits for its drain.
+    ///
+    /// # Errors
+    /// When it does not end, or not well.
+    pub fn terminate(&mut self) -> anyhow::Result<()> {
+        let Some(child) = self.running.take() else { return Ok(()) };
+        terminate(child).with_context(|| self.log_tail())
+    }
+
+    async fn set_up(&mut self) -> anyhow::Result<()> {
+        let setup_token = fs::read_to_string(self.data().join("setup-token"))?;
+        let body = serde_json::json!({
+            "setup_token": setup_token.trim(),
+            "email": "operator@systemprompt.localhost",
+            "password": "a password for tests only",
+        });
+        let answer = self.client.post(format!("{}{}", self.api_url(), paths::SETUP)).json(&body).send().await?;
+        let status = answer.status();
+        let answer: Value = answer.json().await?;
+        ensure!(status.is_success(), "setting up the first account: {status} {answer}");
+        self.token = Some(Secret::new(answer["access_token"].as_str().context("a token")?));
+        Ok(())
+    }
+
+    /// Another account, without any rights but its own; returns its token.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn create_member(&self, email: &str) -> anyhow::Result<Secret> {
+        let mut command = Command::new(program("management-api")?);
+        command.args(["create-account", "--email", email, "--data"]).arg(self.data());
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn()?;
+        child.stdin.take().context("stdin is piped")?.write_all(b"a password for tests only")?;
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "create-account ended with {}", output.status);
+        let signed_in: Value = serde_json::from_slice(&output.stdout)?;
+        Ok(Secret::new(signed_in["access_token"].as_str().context("access_token")?))
+    }
+
+    fn trusting_client(&self) -> anyhow::Result<reqwest::Client> {
+        let options = systemprompt_cloud::HttpOptions { ca_file: Some(self.ca_file()), ..Default::default() };
+        Ok(systemprompt_cloud::http_client(&options)?)
+    }
+
+    /// The local CA's certificate.
+    pub fn ca_file(&self) -> PathBuf {
+        self.data().join("ca/ca.pem")
+    }
+
+    /// One API call as the first account; the body of an answer that is no success is the error.
+    ///
+    /// # Errors
+    /// Transport errors and answers other than 2xx.
+    pub async fn call(&self, method: reqwest::Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+        let mut request = self.client.request(method, format!("{}{path}", self.api_url()));
+        request = request.bearer_auth(self.token().expose());
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let answer = request.send().await?;
+        let status = answer.status();
+        let text = answer.text().await?;
+        ensure!(status.is_success(), "{path}: {status} {text}");
+        Ok(if text.is_empty() { Value::Null } else { serde_json::from_str(&text)? })
+    }
+
+    /// Checkout and confirmation of a new tenant; phase 1 may still run.
+    ///
+    /// # Errors
+    /// When a call fails.
+    pub async fn buy(&self, name: &str) -> anyhow::Result<TenantRef> {
+        let request = serde_json::json!({ "price_id": "pri_standard", "region": "iad", "name": name });
+        let created = self.call(reqwest::Method::POST, paths::CHECKOUT, Some(&request)).await?;
+        let checkout = created["checkout_session_id"].as_str().context("checkout_session_id")?;
+        let confirmed =
+            self.call(reqwest::Method::POST, &format!("{}/{checkout}/confirm", paths::CHECKOUT), None).await?;
+        let id: TenantId = confirmed["data"]["tenant_id"].as_str().context("tenant_id")?.parse()?;
+        self.tenant(id)
+    }
+
+    /// A project directory for a tenant, with the example in it and the CLI signed in.
+    ///
+    /// # Errors
+    /// When the files cannot be written.
+    pub fn tenant(&self, id: TenantId) -> anyhow::Result<TenantRef> {
+        let project = self.directory.path().join("projects").join(id.slug().as_str());
+        if !project.exists() {
+            copy_tree(&workspace_root().join("examples/hello"), &project)?;
+        }
+        let zone = systemprompt_contract::Zone::default();
+        let url = format!("https://{}:{}", id.slug().hostname(&zone), self.https_port);
+        Ok(TenantRef { id, url, project })
+    }
+
+    /// A tenant that awaits its first deploy.
+    ///
+    /// # Errors
+    /// When phase 1 does not get there.
+    pub async fn provision(&self, name: &str) -> anyhow::Result<TenantRef> {
+        let tenant = self.buy(name).await?;
+        self.wait_status(&tenant, "awaiting_deploy").await?;
+        Ok(tenant)
+    }
+
+    /// Waits until a tenant has a status.
+    ///
+    /// # Errors
+    /// After [`PATIENCE`], with the status it has.
+    pub async fn wait_status(&self, tenant: &TenantRef, wanted: &str) -> anyhow::Result<()> {
+        let mut last = String::new();
+        until(&format!("the tenant is {wanted}"), async || {
+            let status = self.status(tenant).await;
+            last = status.unwrap_or_else(|error| error.to_string());
+            last == wanted
+        })
+        .await
+        .with_context(|| format!("it is {last}\n{}", self.log_tail()))
+    }
+
+    /// A tenant's status word.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub async fn status(&self, tenant: &TenantRef) -> anyhow::Result<String> {
+        let path = paths::tenant(tenant.id, "/status");
+        let status = self.call(reqwest::Method::GET, &path, None).await?;
+        Ok(status["data"]["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Runs the command line in a tenant's project, signed in as the first account.
+    ///
+    /// # Errors
+    /// When the program cannot be started; its own failure is in the output.
+    pub async fn cli(&self, tenant: &TenantRef, arguments: &[&str]) -> anyhow::Result<CliOutput> {
+        self.cli_in(&tenant.project, arguments).await
+    }
+
+    /// Runs the command line in a directory, signed in as the first account.
+    ///
+    /// # Errors
+    /// When the program cannot be started; its own failure is in the output.
+    pub async fn cli_in(&self, directory: &Path, arguments: &[&str]) -> anyhow::Result<CliOutput> {
+        self.sign_in(directory)?;
+        self.cli_as_is(directory, arguments).await
+    }
+
+    /// Runs the command line in a directory with whatever credentials lie there.
+    ///
+    /// # Errors
+    /// When the program cannot be started; its own failure is in the output.
+    pub async fn cli_as_is(&self, directory: &Path, arguments: &[&str]) -> anyhow::Result<CliOutput> {
+        let mut command = tokio::process::Command::new(program("systemprompt")?);
+        command.current_dir(directory).args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+        command.env("SYSTEMPROMPT_CA_FILE", self.ca_file()).env("XDG_CACHE_HOME", self.directory.path().join("cache"));
+        let output = command.output().await.context("running systemprompt")?;
+        Ok(CliOutput {
+            ok: output.status.success(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+
+    fn sign_in(&self, directory: &Path) -> anyhow::Result<()> {
+        let credentials = directory.join(".systemprompt/credentials.json");
+        if credentials.exists() {
+            return Ok(());
+        }
+        let mut command = Command::new(program("systemprompt")?);
+        command.current_dir(directory).args(["cloud", "auth", "login", "--token", "-", "--api-url", &self.api_url()]);
+        command.env("SYSTEMPROMPT_CA_FILE", self.ca_file());
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        child.stdin.take().context("stdin is piped")?.write_all(self.token().expose().as_bytes())?;
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "signing in: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// Deploys a tenant's project as a person would.
+    ///
+    /// # Errors
+    /// With the command's words, when it fails.
+    pub async fn deploy(&self, tenant: &TenantRef) -> anyhow::Result<Value> {
+        let id = tenant.id.to_string();
+        let output = self.cli(tenant, &["--json", "cloud", "deploy", "--tenant", &id]).await?;
+        ensure!(output.ok, "deploy failed: {}\n{}\n{}", output.stdout, output.stderr, self.log_tail());
+        output.json()
+    }
+
+    /// Status and body of a page of a tenant.
+    ///
+    /// # Errors
+    /// Transport errors.
+    pub async fn get(&self, tenant: &TenantRef, path: &str) -> anyhow::Result<(u16, String)> {
+        let answer = self.client.get(format!("{}{path}", tenant.url)).send().await?;
+        let status = answer.status().as_u16();
+        Ok((status, answer.text().await?))
+    }
+}
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        let _ = kill(self.edge.take());
+        if let Some(child) = self.running.take() {
+            let _ = terminate(child);
+        }
+        // Whatever a test left running: found by its files, as after a crash.
+        if let Ok(program) = program("management-api")
+            && self.data().join("postgres").exists()
+        {
+            let _ = Command::new(program).arg("stop").arg("--data").arg(self.data()).output();
+        }
+        if std::thread::panicking() {
+            let _ = std::io::stderr().write_all(self.log_tail().as_bytes());
+        }
+    }
+}
+
+fn kill(child: Option<Child>) -> anyhow::Result<()> {
+    if let Some(mut child) = child {
+        child.kill()?;
+        child.wait()?;
+    }
+    Ok(())
+}
+
+fn terminate(mut child: Child) -> anyhow::Result<()> {
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            ensure!(status.success(), "management-api ended with {status}");
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("management-api did not end on SIGTERM");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Waits for a condition, with [`PATIENCE`].
+///
+/// # Errors
+/// When it does not come true in time.
+pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) -> anyhow::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition().await {
+        ensure!(Instant::now() < deadline, "waited {} s in vain until {what}", PATIENCE.as_secs());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+/// A program of this workspace, built beside the tests.
+///
+/// # Errors
+/// When it was not built.
+pub fn program(name: &str) -> anyhow::Result<PathBuf> {
+    let test = std::env::current_exe()?;
+    let directory = test.parent().and_then(Path::parent).context("tests run from target/PROFILE/deps")?;
+    let path = directory.join(name);
+    ensure!(path.exists(), "{} is not built; run `cargo build --workspace --bins`", path.display());
+    Ok(path)
+}
+
+fn workspace_root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+fn copy_tree(from: &Path, to: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from).with_context(|| format!("reading {}", from.display()))? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_tree(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
+}

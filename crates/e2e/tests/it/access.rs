@@ -1,0 +1,138 @@
+//! Who may call what: every endpoint of the table by every kind of caller.
+
+use anyhow::{Context as _, ensure};
+use e2e::{Stack, program};
+use reqwest::{Method, StatusCode};
+use systemprompt_contract::{TenantId, paths, token};
+
+/// A row of the router's own table: what is not in it does not answer.
+#[derive(Debug, serde::Deserialize)]
+struct Endpoint {
+    method: String,
+    path: String,
+    access: String,
+}
+
+fn endpoints() -> anyhow::Result<Vec<Endpoint>> {
+    let output = std::process::Command::new(program("management-api")?).arg("endpoints").output()?;
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// What anybody may call, and why nothing is lost by it. A new endpoint is guarded, or stands here.
+const PUBLIC: [(&str, &str); 10] = [
+    ("GET", "/"),
+    ("GET", "/api/v1/health"),
+    ("GET", "/login"),
+    ("POST", "/login"),
+    ("GET", "/setup"),
+    ("POST", "/setup"),
+    ("POST", "/api/v1/auth/setup"),
+    ("POST", "/api/v1/auth/token"),
+    ("GET", "/checkout/{id}"),
+    ("POST", "/webhooks/manual"),
+];
+
+#[test]
+fn nothing_is_public_but_what_is_listed() -> anyhow::Result<()> {
+    let endpoints = endpoints()?;
+    let public: std::collections::BTreeSet<(&str, &str)> =
+        endpoints.iter().filter(|row| row.access == "public").map(|row| (row.method.as_str(), row.path.as_str())).collect();
+    let listed = PUBLIC.into_iter().collect();
+    ensure!(public == listed, "public: {public:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_gets_in_without_a_valid_token() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("guarded").await?;
+    let registry = stack.call(Method::GET, &paths::tenant(tenant.id, "/registry-token"), None).await?;
+    let registry = registry["data"]["token"].as_str().context("token")?.to_owned();
+    let forged = token::new_api_token(4_000_000_000);
+    let callers = [None, Some(""), Some("x"), Some(forged.expose()), Some(registry.as_str())];
+    let guarded: Vec<Endpoint> = endpoints()?.into_iter().filter(|row| row.access != "public").collect();
+    ensure!(guarded.len() >= 15, "{guarded:?}");
+    for Endpoint { method, path, .. } in guarded {
+        for (name, id) in [("own", tenant.id), ("absent", TenantId::new())] {
+            let path = path.replace("{id}", &id.to_string());
+            for caller in callers {
+                let mut request = stack.client().request(method.parse()?, format!("{}{path}", stack.api_url()));
+                if let Some(caller) = caller {
+                    request = request.header("authorization", format!("Bearer {caller}"));
+                }
+                let answer = request.send().await?;
+                let status = answer.status();
+                let body: serde_json::Value = answer.json().await?;
+                ensure!(
+                    status == StatusCode::UNAUTHORIZED && body["error"]["code"] == "unauthorized",
+                    "{method} {path} ({name}) as {caller:?}: {status} {body}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn absent_and_malformed_ids_are_the_same_answer() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let mut answers = std::collections::BTreeSet::new();
+    for id in [TenantId::new().to_string(), "x".to_owned(), "..%2f".to_owned(), "999BC654-9A64-49BC-98BE-DB976FC84E76".to_owned()] {
+        for rest in ["", "/status", "/events", "/logs", "/registry-token"] {
+            let request = stack.client().get(format!("{}/api/v1/tenants/{id}{rest}", stack.api_url()));
+            let answer = request.bearer_auth(stack.token().expose()).send().await?;
+            let status = answer.status();
+            let mut body: serde_json::Value = answer.json().await?;
+            body["error"]["request_id"] = "".into();
+            answers.insert(format!("{status} {body}"));
+        }
+    }
+    ensure!(answers.len() == 1, "{answers:?}");
+    Ok(())
+}
+
+/// A stranger with a valid token of his own: everything that is not his does not exist for him.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_cannot_tell_others_things_from_absent_ones() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("private").await?;
+    let stranger = stack.create_member("stranger@systemprompt.localhost")?;
+    let view = stack.call(reqwest::Method::GET, &paths::tenant(tenant.id, ""), None).await?;
+    ensure!(view["data"]["name"] == "private", "{view}");
+    let operations = operations(&stack).await?;
+    for Endpoint { method, path, access } in endpoints()? {
+        let own = match access.as_str() {
+            "tenant" => tenant.id.to_string(),
+            "checkout" => checkout_of(&stack, tenant.id).await?,
+            "operation" => operations.first().cloned().context("an operation")?,
+            _ => continue,
+        };
+        let mut answers = Vec::new();
+        for id in [own, TenantId::new().to_string()] {
+            let url = format!("{}{}", stack.api_url(), path.replace("{id}", &id));
+            let request = stack.client().request(method.parse()?, url).bearer_auth(stranger.expose());
+            let answer = request.json(&serde_json::json!({})).send().await?;
+            let status = answer.status();
+            let mut body: serde_json::Value = answer.json().await?;
+            body["error"]["request_id"] = "".into();
+            answers.push((status, body));
+        }
+        ensure!(answers[0].0 == StatusCode::NOT_FOUND, "{method} {path}: {answers:?}");
+        ensure!(answers[0] == answers[1], "{method} {path}: {answers:?}");
+    }
+    let listed = stack.client().get(format!("{}{}", stack.api_url(), paths::TENANTS)).bearer_auth(stranger.expose());
+    let listed: serde_json::Value = listed.send().await?.json().await?;
+    ensure!(listed["data"] == serde_json::json!([]), "{listed}");
+    Ok(())
+}
+
+async fn operations(stack: &Stack) -> anyhow::Result<Vec<String>> {
+    let mut control = e2e::connect(stack, "control", "systemprompt").await?;
+    Ok(sqlx::query_scalar("SELECT id::text FROM operations").fetch_all(&mut control).await?)
+}
+
+async fn checkout_of(stack: &Stack, tenant: TenantId) -> anyhow::Result<String> {
+    let mut control = e2e::connect(stack, "control", "systemprompt").await?;
+    let id = sqlx::query_scalar("SELECT checkout_id::text FROM tenants WHERE id = $1").bind(tenant.uuid());
+    Ok(id.fetch_one(&mut control).await?)
+}

@@ -1,0 +1,246 @@
+//! Bad input and missing things: an error that says what to do, and nothing lost.
+
+use anyhow::ensure;
+use e2e::{Stack, Start, TestApp, World, push};
+use reqwest::Method;
+use serde_json::json;
+use std::{fs, process::Command};
+use systemprompt_contract::paths;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deploy_that_fails_leaves_the_old_release_serving() -> anyhow::Result<()> {
+    let stack = Stack::start_with(&Start { arguments: &["--healthy-within", "2"], ..Start::default() }).await?;
+    let tenant = stack.provision("careful").await?;
+    let first = TestApp { behaviour: "healthy", text: "first" }.deploy(&stack, &tenant).await?;
+    ensure!(first["status"] == "succeeded", "{first}");
+
+    for (behaviour, code) in [("crash", "app_crashed"), ("sick", "app_unhealthy"), ("silent", "app_unhealthy")] {
+        let failed = TestApp { behaviour, text: "second" }.deploy(&stack, &tenant).await?;
+        ensure!(failed["status"] == "failed" && failed["error"]["code"] == code, "{behaviour}: {failed}");
+        let (status, body) = stack.get(&tenant, "/").await?;
+        ensure!(status == 200 && body == "first", "{behaviour}: {status} {body}");
+        stack.wait_status(&tenant, "running").await?;
+    }
+    World::look(&stack).await?.check(&[tenant.id], &[tenant.id])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_shows_the_last_lines_of_an_app_that_crashes_and_exits_non_zero() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("loud").await?;
+    // The real runtime with a database address that cannot be: it says so and ends.
+    let profile = tenant.project.join(".systemprompt/profiles/production/profile.yaml");
+    ensure!(profile.exists(), "the example has a profile");
+    let bad = TestApp { behaviour: "crash", text: "" }.push(&stack, &tenant).await?;
+    let operation = bad.submit(&stack, &tenant).await?;
+    e2e::wait_over(&stack, &operation).await?;
+    let frames = events(&stack, &tenant).await?;
+    ensure!(frames.contains("the configuration is missing its most important line"), "{frames}");
+    ensure!(frames.contains("code 7") || frames.contains("exit code 7"), "{frames}");
+    Ok(())
+}
+
+async fn events(stack: &Stack, tenant: &e2e::TenantRef) -> anyhow::Result<String> {
+    use futures_util::StreamExt as _;
+    let url = format!("{}{}", stack.api_url(), paths::tenant(tenant.id, "/events"));
+    let mut body = stack.client().get(url).bearer_auth(stack.token().expose()).send().await?.bytes_stream();
+    let mut text = String::new();
+    while !text.contains("\"state\":\"failed\"") || !text.ends_with("\n\n") {
+        let Some(chunk) = body.next().await else { break };
+        text.push_str(&String::from_utf8_lossy(&chunk?));
+    }
+    Ok(text)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_that_cannot_run_are_refused_before_anything_starts() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("strict").await?;
+    let other = stack.provision("other").await?;
+
+    let pushed = TestApp { behaviour: "healthy", text: "x" }.push(&stack, &tenant).await?;
+    let others = pushed.image.replace(&tenant.id.to_string(), &other.id.to_string());
+    let refused = deploy(&stack, &tenant, &json!({ "image": others })).await;
+    ensure!(refused.contains("image_mismatch") && refused.contains(&pushed.image), "{refused}");
+    // The other tenant cannot run what was pushed for this one, not even by its digest.
+    let refused = deploy(&stack, &other, &json!({ "image": others, "digest": pushed.digest })).await;
+    ensure!(refused.contains("image_not_found"), "{refused}");
+    let refused = deploy(&stack, &other, &json!({ "image": others })).await;
+    ensure!(refused.contains("image_not_found"), "{refused}");
+    let refused = deploy(&stack, &tenant, &json!({ "image": pushed.image, "digest": "sha256:short" })).await;
+    ensure!(refused.contains("bad_request"), "{refused}");
+
+    let mut image = TestApp { behaviour: "healthy", text: "x" }.build(&stack)?;
+    without_entrypoint(&mut image)?;
+    match push(&stack, &tenant, &image).await {
+        Err(error) => ensure!(format!("{error:#}").contains("entrypoint"), "{error:#}"),
+        Ok(pushed) => {
+            let refused = deploy(&stack, &tenant, &json!({ "image": pushed.image, "digest": pushed.digest })).await;
+            ensure!(refused.contains("image_invalid") && refused.contains("entrypoint"), "{refused}");
+        }
+    }
+    World::look(&stack).await?.check(&[tenant.id, other.id], &[])
+}
+
+async fn deploy(stack: &Stack, tenant: &e2e::TenantRef, body: &serde_json::Value) -> String {
+    match stack.call(Method::POST, &paths::tenant(tenant.id, "/deploy"), Some(body)).await {
+        Ok(answer) => format!("accepted: {answer}"),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn without_entrypoint(image: &mut systemprompt_oci::BuiltImage) -> anyhow::Result<()> {
+    let mut config: serde_json::Value = serde_json::from_slice(&image.config)?;
+    config["config"]["Entrypoint"] = json!(null);
+    config["config"]["Cmd"] = json!(null);
+    image.config = serde_json::to_vec(&config)?.into();
+    let mut manifest: serde_json::Value = serde_json::from_slice(&image.manifest)?;
+    let digest = systemprompt_oci::Digest::of(&image.config);
+    manifest["config"]["digest"] = json!(digest.to_string());
+    manifest["config"]["size"] = json!(image.config.len());
+    image.config_descriptor.digest = digest;
+    image.config_descriptor.size = image.config.len() as u64;
+    image.manifest = serde_json::to_vec(&manifest)?.into();
+    image.digest = systemprompt_oci::Digest::of(&image.manifest);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_with_odd_characters_are_kept_or_refused_with_a_reason() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let kept = "Zoë's «shop» — 北京 \"x\" <b>'; DROP TABLE tenants; --";
+    let tenant = stack.provision(kept).await?;
+    let view = stack.call(Method::GET, &paths::tenant(tenant.id, ""), None).await?;
+    ensure!(view["data"]["name"] == kept, "{view}");
+    for bad in ["", " x", "a\nb", "\u{202e}evil", &"x".repeat(65)] {
+        let request = json!({ "price_id": "pri_standard", "region": "iad", "name": bad });
+        let refused = stack.call(Method::POST, paths::CHECKOUT, Some(&request)).await;
+        ensure!(refused.as_ref().is_err_and(|error| error.to_string().contains("bad_request")), "{bad:?}: {refused:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_in_the_middle_of_a_deploy_changes_nothing() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("impatient").await?;
+    let pushed = TestApp { behaviour: "healthy", text: "there" }.push(&stack, &tenant).await?;
+    let operation = pushed.submit(&stack, &tenant).await?;
+    // A follower that hangs up at once.
+    let url = format!("{}{}", stack.api_url(), paths::tenant(tenant.id, "/events"));
+    drop(stack.client().get(url).bearer_auth(stack.token().expose()).send().await?);
+    let view = e2e::wait_over(&stack, &operation).await?;
+    ensure!(view["status"] == "succeeded", "{view}");
+    let (status, body) = stack.get(&tenant, "/").await?;
+    ensure!(status == 200 && body == "there", "{status} {body}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_control_plane_is_refused_by_directory_and_by_port() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    let error = stack.serve_twice(&stack.data())?;
+    ensure!(error.contains("in use by another management-api") && error.contains("--data"), "{error}");
+    let elsewhere = tempfile::tempdir()?;
+    let error = stack.serve_twice(elsewhere.path())?;
+    ensure!(error.contains(&stack.https_port().to_string()) && error.contains("--https"), "{error}");
+    stack.terminate()
+}
+
+#[test]
+fn a_missing_or_old_postgresql_is_said_with_what_to_type() -> anyhow::Result<()> {
+    let stack = Stack::prepare()?;
+    let data = stack.data();
+    fs::create_dir_all(&data)?;
+    // A mount namespace of its own, in which no PostgreSQL is installed.
+    let program = e2e::program("management-api")?;
+    let script = format!(
+        "mount -t tmpfs none /usr/lib/postgresql && PATH=/nowhere exec {} serve --data {} --https 127.0.0.1:0 --http off",
+        program.display(),
+        data.display()
+    );
+    let output = Command::new("unshare").args(["--mount", "--propagation", "private", "sh", "-c", &script]).output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && error.contains("PostgreSQL") && error.contains("apt-get install"), "{error}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_half_made_cluster_is_made_anew() -> anyhow::Result<()> {
+    let mut stack = Stack::prepare()?;
+    let half = stack.data().join("postgres/control.init-tmp");
+    fs::create_dir_all(&half)?;
+    fs::write(half.join("PG_VERSION"), "15\n")?;
+    stack.serve(&Start::default())?;
+    ensure!(!half.exists(), "the half cluster is gone");
+    stack.terminate()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_while_pushing_is_said_and_nothing_is_lost() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    let tenant = stack.provision("full").await?;
+    let app = TestApp { behaviour: "healthy", text: "fits" };
+    ensure!(app.deploy(&stack, &tenant).await?["status"] == "succeeded");
+    stack.terminate()?;
+    let registry = stack.data().join("registry");
+    let size: u64 = directory_size(&registry)?;
+    // The registry moves to a file system with next to no room left.
+    let moved = stack.data().join("registry-moved");
+    fs::rename(&registry, &moved)?;
+    fs::create_dir(&registry)?;
+    let mount = TmpfsMount::new(&registry, size + 512 * 1024)?;
+    ensure!(Command::new("cp").arg("-a").arg(format!("{}/.", moved.display())).arg(&registry).status()?.success());
+    stack.serve(&Start::default())?;
+    let mut image = TestApp { behaviour: "healthy", text: "does not fit" }.build(&stack)?;
+    big_layer(&stack, &mut image)?;
+    let error = push(&stack, &tenant, &image).await.err().map(|error| format!("{error:#}")).unwrap_or_default();
+    ensure!(error.contains("disk") && error.contains("full"), "{error}");
+    let (status, body) = stack.get(&tenant, "/").await?;
+    ensure!(status == 200 && body == "fits", "{status} {body}");
+    let again = TestApp { behaviour: "healthy", text: "fits" }.deploy(&stack, &tenant).await?;
+    ensure!(again["status"] == "succeeded", "a push that fits still goes through: {again}");
+    stack.terminate()?;
+    drop(mount);
+    Ok(())
+}
+
+/// A layer of 8 MiB that does not compress, beside the others.
+fn big_layer(stack: &Stack, image: &mut systemprompt_oci::BuiltImage) -> anyhow::Result<()> {
+    let mut content = vec![0; 8 * 1024 * 1024];
+    let mut seed = 1u64;
+    for byte in &mut content {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *byte = (seed >> 33) as u8;
+    }
+    let path = stack.data().join("big-layer");
+    fs::write(&path, &content)?;
+    let digest = systemprompt_oci::Digest::of(&content);
+    let mut descriptor = image.layers[0].descriptor.clone();
+    descriptor.digest = digest;
+    descriptor.size = content.len() as u64;
+    image.layers.push(systemprompt_oci::StoredLayer { descriptor, diff_id: digest, path });
+    Ok(())
+}
+
+fn directory_size(directory: &std::path::Path) -> anyhow::Result<u64> {
+    let output = Command::new("du").args(["-sb", "--apparent-size"]).arg(directory).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text.split_whitespace().next().unwrap_or("0").parse()?)
+}
+
+struct TmpfsMount(std::path::PathBuf);
+
+impl TmpfsMount {
+    fn new(at: &std::path::Path, size: u64) -> anyhow::Result<Self> {
+        let options = format!("size={size},mode=0700");
+        ensure!(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).status()?.success());
+        Ok(Self(at.to_owned()))
+    }
+}
+
+impl Drop for TmpfsMount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}

@@ -1,0 +1,199 @@
+//! The HTTP face: every endpoint stands in one table with who may call it, and the table makes the router.
+//!
+//! A route without an [`Access`] cannot be added, and the access check runs before the handler, so an endpoint
+//! refuses unless its row says otherwise.
+
+pub(crate) mod error;
+pub(crate) mod pages;
+
+use crate::{app::App, identity::Principal, tenants::store};
+use axum::{
+    Router,
+    extract::{DefaultBodyLimit, RawPathParams, Request, State},
+    handler::Handler,
+    middleware::{Next, from_fn, from_fn_with_state},
+    response::{IntoResponse as _, Response},
+    routing::{MethodFilter, MethodRouter, on},
+};
+use error::Failure;
+use http::HeaderMap;
+use serde::Serialize;
+use std::str::FromStr;
+use systemprompt_contract::{AccountId, CheckoutId, ErrorCode, OperationId, TenantId, TenantPhase};
+
+/// Bodies of API calls; images go to the registry, which streams.
+const MAX_BODY_BYTES: usize = 1024 * 1024;
+
+/// Who may call an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Access {
+    /// Anyone; the handler checks what it is given (a password, a code, a signature).
+    Public,
+    /// Any account.
+    SignedIn,
+    /// The operator of the installation.
+    Operator,
+    /// The owner of the tenant in the path, or the operator. Anyone else gets the answer for "absent".
+    Tenant,
+    /// The buyer of the checkout in the path, or the operator.
+    Checkout,
+    /// Whoever may see the tenant that the operation in the path works on.
+    Operation,
+}
+
+/// One row of the table.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Endpoint {
+    method: String,
+    path: &'static str,
+    access: Access,
+}
+
+/// The table while it is built.
+#[derive(Default)]
+pub(crate) struct Endpoints {
+    rows: Vec<(Endpoint, MethodRouter<App>)>,
+}
+
+impl Endpoints {
+    /// Adds one endpoint; its access is checked before `handler` runs.
+    #[must_use]
+    pub(crate) fn add<H, T>(mut self, method: MethodFilter, path: &'static str, access: Access, handler: H) -> Self
+    where
+        H: Handler<T, App>,
+        T: 'static,
+    {
+        let name = format!("{method:?}").trim_start_matches("MethodFilter(").trim_end_matches(')').to_owned();
+        self.rows.push((Endpoint { method: name, path, access }, on(method, handler)));
+        self
+    }
+
+    /// The rows, for whoever checks or documents them.
+    pub(crate) fn table(&self) -> Vec<Endpoint> {
+        self.rows.iter().map(|(endpoint, _)| endpoint.clone()).collect()
+    }
+
+    fn into_router(self, app: &App) -> Router<App> {
+        self.rows.into_iter().fold(Router::new(), |router, (endpoint, handler)| {
+            let guard = from_fn_with_state((app.clone(), endpoint.access), check_access);
+            router.route(endpoint.path, handler.route_layer(guard))
+        })
+    }
+}
+
+/// Every endpoint of the control plane.
+pub(crate) fn endpoints() -> Endpoints {
+    let endpoints = Endpoints::default().add(MethodFilter::GET, "/api/v1/health", Access::Public, health);
+    let endpoints = crate::identity::endpoints(endpoints);
+    let endpoints = crate::billing::endpoints(endpoints);
+    crate::tenants::endpoints(endpoints)
+}
+
+/// API and pages; with the registry, what stands behind the platform's socket.
+pub(crate) fn api_router(app: &App) -> Router {
+    endpoints()
+        .into_router(app)
+        .fallback(|| async { Failure::not_found("page or call") })
+        .method_not_allowed_fallback(|| async {
+            Failure::new(ErrorCode::MethodNotAllowed, "this path does not take that method")
+        })
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(from_fn(error::with_request_id))
+        .with_state(app.clone())
+}
+
+/// Everything that the edge hands to the platform.
+pub(crate) fn platform_router(app: &App) -> Router {
+    app.infrastructure.registry.router().merge(api_router(app))
+}
+
+async fn health(State(app): State<App>) -> Result<axum::Json<serde_json::Value>, Failure> {
+    sqlx::query_scalar!(r#"SELECT 1 AS "one!""#).fetch_one(app.db.pool()).await?;
+    Ok(axum::Json(serde_json::json!({ "status": "healthy", "version": env!("CARGO_PKG_VERSION") })))
+}
+
+/// Lets the request through with what its access entitles it to among its extensions: a [`Principal`], and the
+/// [`store::Tenant`] or checkout that the path names.
+async fn check_access(
+    State((app, access)): State<(App, Access)>,
+    params: RawPathParams,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    match entitle(&app, access, &params, &mut request).await {
+        Ok(()) => next.run(request).await,
+        Err(failure) => failure.into_response(),
+    }
+}
+
+async fn entitle(app: &App, access: Access, params: &RawPathParams, request: &mut Request) -> Result<(), Failure> {
+    if access == Access::Public {
+        return Ok(());
+    }
+    let principal = crate::identity::principal(app, request.headers()).await?;
+    match access {
+        Access::Public | Access::SignedIn => {}
+        Access::Operator if principal.is_operator() => {}
+        Access::Operator => return Err(Failure::new(ErrorCode::Forbidden, "this call is the operator's")),
+        Access::Tenant => {
+            let tenant = visible_tenant(app, &principal, path_id(params, "tenant")?).await?;
+            request.extensions_mut().insert(tenant);
+        }
+        Access::Checkout => {
+            let id: CheckoutId = path_id(params, "checkout")?;
+            let buyer = crate::billing::buyer(app.db.pool(), id).await?.ok_or_else(|| Failure::not_found("checkout"))?;
+            if buyer != principal.account && !principal.is_operator() {
+                return Err(Failure::not_found("checkout"));
+            }
+            request.extensions_mut().insert(id);
+        }
+        Access::Operation => {
+            let id: OperationId = path_id(params, "operation")?;
+            let missing = || Failure::not_found("operation");
+            // A purged tenant's operations are the operator's alone.
+            if operation_owner(app, id).await? != Some(principal.account) && !principal.is_operator() {
+                return Err(missing());
+            }
+            let view = systemprompt_workflow::operation(&app.db, id).await?.ok_or_else(missing)?;
+            request.extensions_mut().insert(view);
+        }
+    }
+    request.extensions_mut().insert(principal);
+    Ok(())
+}
+
+async fn visible_tenant(
+    app: &App,
+    principal: &Principal,
+    id: TenantId,
+) -> Result<store::Tenant, Failure> {
+    store::tenant(app.db.pool(), id)
+        .await?
+        .filter(|tenant| tenant.phase != TenantPhase::Deleted)
+        .filter(|tenant| tenant.account == principal.account || principal.is_operator())
+        .ok_or_else(|| Failure::not_found("tenant"))
+}
+
+async fn operation_owner(app: &App, id: OperationId) -> Result<Option<AccountId>, Failure> {
+    let owner = sqlx::query_scalar!(
+        "SELECT account_id FROM tenants JOIN operations ON subject = 'tenant:' || tenants.id WHERE operations.id = $1",
+        id.uuid()
+    );
+    Ok(owner.fetch_optional(app.db.pool()).await?.map(AccountId::from_uuid))
+}
+
+/// The `{id}` of the path. What is no id cannot exist: the same answer as for an absent one.
+fn path_id<T: FromStr>(params: &RawPathParams, what: &str) -> Result<T, Failure> {
+    let text = params.iter().find_map(|(name, value)| (name == "id").then_some(value)).unwrap_or_default();
+    text.parse().map_err(|_| Failure::not_found(what))
+}
+
+/// The caller's idempotency key, bounded; none: this call stands alone.
+pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
+    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    match value.to_str() {
+        Ok(key) if (1..=128).contains(&key.len()) => Ok(Some(key.to_owned())),
+        _ => Err(Failure::new(ErrorCode::BadRequest, "expected an Idempotency-Key of 1 to 128 visible characters")),
+    }
+}

@@ -1,0 +1,339 @@
+//! Phase 2: a pushed image becomes the tenant's live release, or nothing changes.
+//!
+//! | step | does | undo |
+//! |---|---|---|
+//! | verify | the image is complete and has a command | the last `deployment` frame; phase back |
+//! | launch | an instance of exactly that digest, beside the old one | its last lines kept, stopped, removed |
+//! | probe | two healthy answers in a row | none: it only asks |
+//! | switch | route and release, one transaction: the point of no return | none: the release is live |
+//! | retire | every live edge serves the new route; the old instance drained and stopped | none |
+//! | finish | phase `running`, the last frame | none |
+//!
+//! `switch` is the workflow's pivot: once it has committed the engine never unwinds.
+
+use super::{
+    FOREVER, databases, provision::{app_of, driver_error, internal}, routes, secrets,
+    state::TenantEvent,
+    store::{self, Moved},
+};
+use crate::app::Infrastructure;
+use futures_util::StreamExt as _;
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use systemprompt_compute::{InstanceHandle, InstanceSpec, InstanceState, LogStart};
+use systemprompt_contract::{
+    ApiError, DeploymentEvent, DeploymentId, DeploymentState, DeploymentStep, ErrorCode, Event, Secret, Subject,
+    TenantId, paths,
+};
+use systemprompt_edge::{Route, Upstream, probe};
+use systemprompt_registry::ImageError;
+use systemprompt_workflow::{Completion, Step, StepContext, StepError, Workflow};
+use tokio::time::Instant;
+
+/// What to deploy; everything else stands in the deployment's row.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct DeployTenant {
+    pub(crate) tenant: TenantId,
+    pub(crate) deployment: DeploymentId,
+}
+
+/// What steps hand on.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Progress {
+    instance: Option<InstanceHandle>,
+    address: Option<SocketAddr>,
+    /// The instance that served before.
+    old: Option<InstanceHandle>,
+    /// Generation of the route to the new instance.
+    generation: Option<i64>,
+    /// Last lines of an instance that was given up.
+    logs: Vec<String>,
+}
+
+type Cx = StepContext<DeployTenant>;
+type Outcome = Result<Completion<Progress>, StepError>;
+
+/// Healthy answers in a row that make a release.
+const HEALTHY_ANSWERS: u32 = 2;
+/// Lines of a failed instance that its owner is shown.
+const LAST_LINES: usize = 20;
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+impl Workflow for DeployTenant {
+    const NAME: &'static str = "deploy_tenant";
+    type Context = Infrastructure;
+    type State = Progress;
+
+    fn steps() -> Vec<Step<Self>> {
+        vec![
+            Step::new("verify", verify).undo(undo_verify),
+            Step::new("launch", launch).undo(undo_launch),
+            Step::new("probe", wait_healthy).no_undo("it only asks"),
+            Step::new("switch", switch).no_undo("it happened or it did not").pivot(),
+            Step::new("retire", retire).retry(FOREVER).no_undo("the release is live"),
+            Step::new("finish", finish).retry(FOREVER).no_undo("the release is live"),
+        ]
+    }
+}
+
+async fn verify(cx: Cx, state: Progress) -> Outcome {
+    let deployment = deployment(&cx).await?;
+    cx.app.registry.image(cx.input.tenant, &deployment.digest).await.map_err(image_error)?;
+    let message = format!("The image is complete: {}", deployment.digest);
+    Ok(told(&cx, Completion::new(state), DeploymentStep::VerifyImage, message))
+}
+
+/// Says the end of a deploy that did not make it and gives the tenant back to what serves.
+async fn undo_verify(cx: Cx, state: Progress) -> Outcome {
+    let error = cx.failure.clone().unwrap_or_else(|| ApiError::new(ErrorCode::Internal, "the deploy was given up"));
+    let mut tx = cx.db.begin().await?;
+    store::fail_deployment(&mut tx, cx.input.deployment, &error.to_string()).await?;
+    let live = store::live_deployment(cx.db.pool(), cx.input.tenant).await?;
+    let event = TenantEvent::DeployFailed { release_is_live: live.is_some() };
+    match store::advance(&mut tx, cx.input.tenant, event, Moved::default()).await {
+        // Deleted meanwhile: the phase is the deletion's.
+        Ok(_) | Err(store::MoveError::Illegal(_) | store::MoveError::Gone) => {}
+        Err(store::MoveError::Database(error)) => return Err(error.into()),
+    }
+    let message = match &live {
+        Some(release) => format!("{error} The release {} still serves.", short(release.id)),
+        None => error.to_string(),
+    };
+    let logs = state.logs.clone();
+    let event = DeploymentEvent {
+        logs,
+        error: Some(error),
+        ..frame(&cx, DeploymentStep::Finish, DeploymentState::Failed, message)
+    };
+    Ok(Completion::in_tx(state, tx).event(Subject::Tenant(cx.input.tenant), Event::Deployment(event)))
+}
+
+async fn launch(cx: Cx, mut state: Progress) -> Outcome {
+    let tenant = store::tenant(cx.db.pool(), cx.input.tenant).await?.ok_or_else(gone)?;
+    let deployment = deployment(&cx).await?;
+    let instance = launch_release(&cx.app, cx.db.pool(), &tenant, &deployment).await?;
+    let mut tx = cx.db.begin().await?;
+    store::set_instance(&mut tx, deployment.id, Some(instance.as_str())).await?;
+    state.instance = Some(instance);
+    Ok(told(&cx, Completion::in_tx(state, tx), DeploymentStep::Launch, "Started the new release beside the old one.".to_owned()))
+}
+
+async fn undo_launch(cx: Cx, mut state: Progress) -> Outcome {
+    // The launch may have happened without its journal entry: the driver is asked, not the journal.
+    let found = cx.app.driver.instances().await.map_err(driver_error)?;
+    for instance in found.into_iter().filter(|found| found.deployment == cx.input.deployment) {
+        if state.logs.is_empty() {
+            state.logs = last_lines(&cx.app, &instance.handle).await;
+        }
+        cx.app.driver.stop(&instance.handle, cx.app.limits.stop_grace).await.map_err(driver_error)?;
+    }
+    state.instance = None;
+    Ok(Completion::new(state))
+}
+
+/// Waits for two 200s in a row from the health path, asked the way the edge will ask. An open port never counts.
+async fn wait_healthy(cx: Cx, mut state: Progress) -> Outcome {
+    let instance = state.instance.clone().ok_or_else(|| internal("no instance was launched"))?;
+    let host = cx.input.tenant.slug().hostname(&cx.app.site.zone);
+    let deadline = Instant::now() + cx.app.limits.healthy_within;
+    let mut healthy = 0;
+    let mut last = "it does not listen yet".to_owned();
+    let mut pause = Duration::from_millis(10);
+    while healthy < HEALTHY_ANSWERS {
+        if cx.cancel.is_cancelled() {
+            return Err(StepError::Permanent(ApiError::new(ErrorCode::Cancelled, "the deploy was cancelled")));
+        }
+        match cx.app.driver.inspect(&instance).await.map_err(driver_error)? {
+            InstanceState::Exited { reason, .. } => return Err(crashed(&reason.to_string())),
+            InstanceState::Absent => return Err(crashed("it is gone")),
+            InstanceState::Starting => healthy = 0,
+            InstanceState::Running { address, .. } => {
+                match probe(&Upstream::Tcp(address), &host, paths::HEALTH, PROBE_TIMEOUT).await {
+                    Ok(answer) if answer.status == 200 => {
+                        healthy += 1;
+                        state.address = Some(address);
+                        continue;
+                    }
+                    Ok(answer) => {
+                        healthy = 0;
+                        last = format!("it answered {}", answer.status);
+                    }
+                    Err(error) => {
+                        healthy = 0;
+                        last = error.to_string();
+                    }
+                }
+            }
+        }
+        if Instant::now() >= deadline {
+            return Err(unhealthy(cx.app.limits.healthy_within, &last));
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 3 / 2).min(Duration::from_millis(250));
+    }
+    Ok(told(&cx, Completion::new(state), DeploymentStep::Probe, "Two healthy answers in a row.".to_owned()))
+}
+
+/// Route and release in one transaction: before it nothing changed, after it the new release is live.
+async fn switch(cx: Cx, mut state: Progress) -> Outcome {
+    let address = state.address.ok_or_else(|| internal("no healthy address"))?;
+    let old = store::live_deployment(cx.db.pool(), cx.input.tenant).await?;
+    let slug = cx.input.tenant.slug();
+    let mut tx = cx.db.begin().await?;
+    let tenant = store::lock(&mut tx, cx.input.tenant).await?.ok_or_else(gone)?;
+    if tenant.active_operation != Some(cx.operation) {
+        return Err(StepError::Permanent(ApiError::new(ErrorCode::Cancelled, "the tenant was deleted meanwhile")));
+    }
+    let route = Route::Tenant { slug: slug.clone(), upstream: Upstream::Tcp(address) };
+    let generation = routes::publish(&mut tx, tenant.id, &slug.hostname(&cx.app.site.zone), Some(&route)).await?;
+    store::make_live(&mut tx, tenant.id, cx.input.deployment).await?;
+    state.generation = Some(generation);
+    state.old = old
+        .filter(|old| old.id != cx.input.deployment)
+        .and_then(|old| old.instance)
+        .map(InstanceHandle::new);
+    Ok(told(&cx, Completion::in_tx(state, tx), DeploymentStep::SwitchRoute, "Traffic goes to the new release.".to_owned()))
+}
+
+/// Old requests end twice over: edges acknowledge a route only when the old upstream's requests are done (or a
+/// bound has passed), and the old instance drains on SIGTERM until the grace ends.
+async fn retire(cx: Cx, state: Progress) -> Outcome {
+    if let (Some(old), Some(generation)) = (&state.old, state.generation) {
+        while !routes::served_everywhere(cx.db.pool(), generation).await? {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        cx.app.driver.stop(old, cx.app.limits.stop_grace).await.map_err(again)?;
+    }
+    let message = match state.old {
+        Some(_) => "The old release is drained and stopped.",
+        None => "There was no old release.",
+    };
+    Ok(told(&cx, Completion::new(state), DeploymentStep::RetireOld, message.to_owned()))
+}
+
+async fn finish(cx: Cx, state: Progress) -> Outcome {
+    let mut tx = cx.db.begin().await?;
+    match store::advance(&mut tx, cx.input.tenant, TenantEvent::DeploySucceeded, Moved::default()).await {
+        Ok(_) | Err(store::MoveError::Illegal(_) | store::MoveError::Gone) => {}
+        Err(store::MoveError::Database(error)) => return Err(error.into()),
+    }
+    let event = frame(&cx, DeploymentStep::Finish, DeploymentState::Succeeded, "The release is live.".to_owned());
+    Ok(Completion::in_tx(state, tx).event(Subject::Tenant(cx.input.tenant), Event::Deployment(event)))
+}
+
+/// An instance of a release: the first one of a deploy, or another after the last one ended. Idempotent.
+pub(crate) async fn launch_release(
+    infrastructure: &Infrastructure,
+    pool: &sqlx::PgPool,
+    tenant: &store::Tenant,
+    release: &store::Deployment,
+) -> Result<InstanceHandle, StepError> {
+    let app = app_of(infrastructure, tenant).await.map_err(driver_error)?;
+    let spec = InstanceSpec {
+        deployment: release.id,
+        tenant: tenant.id,
+        image: release.digest,
+        env: environment(infrastructure, pool, tenant).await?,
+        memory_mb: tenant.memory_mb,
+        max_pids: infrastructure.limits.max_pids,
+    };
+    infrastructure.driver.launch(&app, &spec).await.map_err(driver_error)
+}
+
+/// The environment of every instance, as seed 002 and `decisions` list it. HOST and PORT are the driver's.
+async fn environment(
+    infrastructure: &Infrastructure,
+    pool: &sqlx::PgPool,
+    tenant: &store::Tenant,
+) -> Result<BTreeMap<String, Secret>, StepError> {
+    let mut secrets = secrets::open_all(pool, &infrastructure.seal, tenant.id).await.map_err(internal)?;
+    let password = secrets
+        .remove(secrets::DATABASE_PASSWORD)
+        .ok_or_else(|| internal("the database password is missing among the tenant's secrets"))?;
+    let known = [secrets::JWT_SECRET, secrets::SYNC_TOKEN];
+    let custom: Vec<&str> = secrets.keys().map(String::as_str).filter(|name| !known.contains(name)).collect();
+    let custom = custom.join(",");
+    let slug = tenant.slug();
+    let plain = [
+        ("RUST_LOG", "info".to_owned()),
+        ("SYSTEMPROMPT_SERVICES_PATH", "/app/services".to_owned()),
+        ("WEB_DIR", "/app/web".to_owned()),
+        ("DATABASE_TYPE", "postgres".to_owned()),
+        ("JWT_ISSUER", "systemprompt".to_owned()),
+        ("FLY_APP_NAME", slug.app_name().to_string()),
+        ("SYSTEMPROMPT_CUSTOM_SECRETS", custom),
+        ("TENANT_ID", tenant.id.to_string()),
+        ("APP_URL", infrastructure.site.app_url(&slug)),
+    ];
+    secrets.insert("DATABASE_URL".to_owned(), databases::instance_url(&slug.database(), &password));
+    secrets.extend(plain.map(|(name, value)| (name.to_owned(), Secret::new(value))));
+    Ok(secrets)
+}
+
+/// The last lines of an instance; an empty list when they cannot be read, since they only explain a failure.
+pub(crate) async fn last_lines(infrastructure: &Infrastructure, instance: &InstanceHandle) -> Vec<String> {
+    let lines = infrastructure.driver.logs(instance, LogStart::Tail(LAST_LINES), false);
+    lines.filter_map(|entry| async { entry.ok().map(|entry| entry.text) }).collect().await
+}
+
+async fn deployment(cx: &Cx) -> Result<store::Deployment, StepError> {
+    store::deployment(cx.db.pool(), cx.input.deployment).await?.ok_or_else(gone)
+}
+
+fn told(cx: &Cx, completion: Completion<Progress>, step: DeploymentStep, message: String) -> Completion<Progress> {
+    let event = frame(cx, step, DeploymentState::Running, message);
+    completion.event(Subject::Tenant(cx.input.tenant), Event::Deployment(event))
+}
+
+fn frame(cx: &Cx, step: DeploymentStep, state: DeploymentState, message: String) -> DeploymentEvent {
+    DeploymentEvent {
+        operation_id: cx.operation,
+        deployment_id: cx.input.deployment,
+        step,
+        state,
+        message,
+        app_url: cx.app.site.app_url(&cx.input.tenant.slug()),
+        error: None,
+        logs: Vec::new(),
+    }
+}
+
+fn short(id: DeploymentId) -> String {
+    id.to_string().chars().take(8).collect()
+}
+
+fn gone() -> StepError {
+    StepError::Permanent(ApiError::new(ErrorCode::Cancelled, "the tenant was deleted meanwhile"))
+}
+
+/// After the point of no return every driver error is tried again.
+#[allow(clippy::needless_pass_by_value, reason = "used as map_err(again)")]
+fn again(error: systemprompt_compute::DriverError) -> StepError {
+    StepError::Transient(error.to_string())
+}
+
+fn crashed(reason: &str) -> StepError {
+    StepError::Permanent(
+        ApiError::new(ErrorCode::AppCrashed, format!("the app ended before it was healthy: {reason}."))
+            .hint("Its last lines are shown here; all of them: systemprompt cloud logs"),
+    )
+}
+
+fn unhealthy(within: Duration, last: &str) -> StepError {
+    StepError::Permanent(
+        ApiError::new(
+            ErrorCode::AppUnhealthy,
+            format!("expected 200 from {} within {} s, but {last}.", paths::HEALTH, within.as_secs()),
+        )
+        .hint("The app must listen on HOST:PORT and answer its health path; see: systemprompt cloud logs"),
+    )
+}
+
+fn image_error(error: ImageError) -> StepError {
+    let code = match &error {
+        ImageError::NotFound => ErrorCode::ImageNotFound,
+        ImageError::Store(_) => return StepError::Transient(error.to_string()),
+        _ => ErrorCode::ImageInvalid,
+    };
+    StepError::Permanent(ApiError::new(code, error.to_string()).hint("Build and push it again: systemprompt cloud deploy"))
+}

@@ -1,0 +1,242 @@
+//! Phase 1: from a confirmed checkout to `awaiting_deploy`. No instance is made.
+//!
+//! | step | makes | undo |
+//! |---|---|---|
+//! | reserve | the tenant's row, and with it id, slug and names | phase `failed`, `provisioning_failed` |
+//! | secrets | generated, sealed | rows deleted |
+//! | app | app and volume at the driver | destroyed |
+//! | database | role and database | dropped |
+//! | route | host -> `awaiting_deploy` | host gone |
+//! | ready | phase, `infrastructure_ready`, `tenant_ready` | none: the last step |
+
+use super::{
+    routes, secrets,
+    state::TenantEvent,
+    store::{self, Moved, NewTenant},
+};
+use crate::app::Infrastructure;
+use serde::{Deserialize, Serialize};
+use systemprompt_compute::{AppHandle, AppSpec, DriverError, Next};
+use systemprompt_contract::{
+    AccountId, ApiError, CheckoutId, ErrorCode, Event, ProvisioningEvent, ProvisioningEventType, Region, Subject,
+    TenantId, TenantName, TenantStatus,
+};
+use systemprompt_edge::{Route, Why};
+use systemprompt_workflow::{Completion, Step, StepContext, StepError, Workflow};
+
+/// Everything phase 1 needs to know; stored with the operation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ProvisionTenant {
+    pub(crate) tenant: TenantId,
+    pub(crate) checkout: CheckoutId,
+    pub(crate) account: AccountId,
+    pub(crate) name: TenantName,
+    pub(crate) region: Region,
+    pub(crate) memory_mb: u32,
+    pub(crate) volume_gb: u32,
+}
+
+/// What steps hand to later steps: nothing, since every name is derived from the tenant's id.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Nothing {}
+
+type Cx = StepContext<ProvisionTenant>;
+type Outcome = Result<Completion<Nothing>, StepError>;
+
+impl Workflow for ProvisionTenant {
+    const NAME: &'static str = "provision_tenant";
+    type Context = Infrastructure;
+    type State = Nothing;
+
+    fn steps() -> Vec<Step<Self>> {
+        vec![
+            Step::new("reserve", reserve).undo(undo_reserve),
+            Step::new("secrets", make_secrets).undo(undo_secrets),
+            Step::new("app", make_app).undo(undo_app),
+            Step::new("database", make_database).undo(undo_database),
+            Step::new("route", publish_route).undo(undo_route),
+            Step::new("ready", ready).no_undo("the last step: it happened or it did not"),
+        ]
+    }
+}
+
+async fn reserve(cx: Cx, state: Nothing) -> Outcome {
+    let input = &cx.input;
+    let mut tx = cx.db.begin().await?;
+    store::insert(
+        &mut tx,
+        &NewTenant {
+            id: input.tenant,
+            account: input.account,
+            checkout: input.checkout,
+            name: &input.name,
+            region: input.region,
+            memory_mb: input.memory_mb,
+            operation: cx.operation,
+        },
+    )
+    .await?;
+    Ok(announced(&cx, Completion::in_tx(state, tx), ProvisioningEventType::TenantCreated, "Reserved the tenant's names."))
+}
+
+/// The row stays, so that its owner can read why; everything else was undone before.
+async fn undo_reserve(cx: Cx, state: Nothing) -> Outcome {
+    let reason = cx.failure.as_ref().map_or_else(|| "unknown".to_owned(), ToString::to_string);
+    let mut tx = cx.db.begin().await?;
+    match store::advance(
+        &mut tx,
+        cx.input.tenant,
+        TenantEvent::ProvisionFailed,
+        Moved { failure: Some(&reason), ..Moved::default() },
+    )
+    .await
+    {
+        Ok(_) => {}
+        // Deleted meanwhile, or never reserved: nothing to mark.
+        Err(store::MoveError::Gone | store::MoveError::Illegal(_)) => return Ok(Completion::in_tx(state, tx)),
+        Err(store::MoveError::Database(error)) => return Err(error.into()),
+    }
+    Ok(announced(&cx, Completion::in_tx(state, tx), ProvisioningEventType::ProvisioningFailed, &reason))
+}
+
+async fn make_secrets(cx: Cx, state: Nothing) -> Outcome {
+    let mut tx = cx.db.begin().await?;
+    secrets::generate(&mut tx, &cx.app.seal, cx.input.tenant).await.map_err(internal)?;
+    Ok(announced(&cx, Completion::in_tx(state, tx), ProvisioningEventType::SecretsStored, "Generated and sealed its secrets."))
+}
+
+async fn undo_secrets(cx: Cx, state: Nothing) -> Outcome {
+    let mut tx = cx.db.begin().await?;
+    sqlx::query!("DELETE FROM tenant_secrets WHERE tenant_id = $1", cx.input.tenant.uuid()).execute(&mut *tx).await?;
+    Ok(Completion::in_tx(state, tx))
+}
+
+async fn make_app(cx: Cx, state: Nothing) -> Outcome {
+    let input = &cx.input;
+    let tenant = store::tenant(cx.db.pool(), input.tenant).await?.ok_or_else(|| internal("the tenant's row is gone"))?;
+    let handle = app_of(&cx.app, &tenant).await.map_err(driver_error)?;
+    let mut tx = cx.db.begin().await?;
+    store::set_app_handle(&mut tx, input.tenant, Some(handle.as_str())).await?;
+    Ok(Completion::in_tx(state, tx))
+}
+
+async fn undo_app(cx: Cx, state: Nothing) -> Outcome {
+    let Some(tenant) = store::tenant(cx.db.pool(), cx.input.tenant).await? else { return Ok(Completion::new(state)) };
+    let handle = app_of(&cx.app, &tenant).await.map_err(driver_error)?;
+    cx.app.driver.destroy_app(&handle).await.map_err(driver_error)?;
+    let mut tx = cx.db.begin().await?;
+    store::set_app_handle(&mut tx, tenant.id, None).await?;
+    Ok(Completion::in_tx(state, tx))
+}
+
+async fn make_database(cx: Cx, state: Nothing) -> Outcome {
+    let tenant = cx.input.tenant;
+    let mut secrets = secrets::open_all(cx.db.pool(), &cx.app.seal, tenant).await.map_err(internal)?;
+    let password = secrets
+        .remove(secrets::DATABASE_PASSWORD)
+        .ok_or_else(|| internal("the database password is missing among the tenant's secrets"))?;
+    cx.app.databases.ensure(&tenant.slug().database(), &password).await.map_err(retry)?;
+    Ok(announced(&cx, Completion::new(state), ProvisioningEventType::DatabaseCreated, "Created its database."))
+}
+
+async fn undo_database(cx: Cx, state: Nothing) -> Outcome {
+    cx.app.databases.drop(&cx.input.tenant.slug().database()).await.map_err(retry)?;
+    Ok(Completion::new(state))
+}
+
+async fn publish_route(cx: Cx, state: Nothing) -> Outcome {
+    let slug = cx.input.tenant.slug();
+    let host = slug.hostname(&cx.app.site.zone);
+    let mut tx = cx.db.begin().await?;
+    routes::publish(&mut tx, cx.input.tenant, &host, Some(&Route::Unavailable { slug, why: Why::AwaitingDeploy })).await?;
+    Ok(Completion::in_tx(state, tx))
+}
+
+async fn undo_route(cx: Cx, state: Nothing) -> Outcome {
+    let host = cx.input.tenant.slug().hostname(&cx.app.site.zone);
+    let mut tx = cx.db.begin().await?;
+    routes::publish(&mut tx, cx.input.tenant, &host, None).await?;
+    Ok(Completion::in_tx(state, tx))
+}
+
+async fn ready(cx: Cx, state: Nothing) -> Outcome {
+    let mut tx = cx.db.begin().await?;
+    match store::advance(&mut tx, cx.input.tenant, TenantEvent::Ready, Moved::default()).await {
+        Ok(_) => {}
+        Err(store::MoveError::Database(error)) => return Err(error.into()),
+        Err(error) => return Err(StepError::Permanent(ApiError::new(ErrorCode::Cancelled, error.to_string()))),
+    }
+    let text = "Its infrastructure stands; deploy to it: systemprompt cloud deploy";
+    let ready = announced(&cx, Completion::in_tx(state, tx), ProvisioningEventType::InfrastructureReady, text);
+    // Later clients of the existing line wait for `tenant_ready` on the tenant's own stream before they deploy.
+    let event = event(&cx, ProvisioningEventType::TenantReady, text, None);
+    Ok(ready.event(Subject::Tenant(cx.input.tenant), event))
+}
+
+/// The tenant's app at the driver. A handle that a crash kept from being stored is asked for again, which makes
+/// nothing twice.
+pub(super) async fn app_of(app: &Infrastructure, tenant: &store::Tenant) -> Result<AppHandle, DriverError> {
+    if let Some(handle) = &tenant.app_handle {
+        return Ok(AppHandle::new(handle.clone()));
+    }
+    let spec = AppSpec {
+        app: tenant.slug().app_name(),
+        tenant: tenant.id,
+        region: tenant.region,
+        memory_mb: tenant.memory_mb,
+    };
+    app.driver.ensure_app(&spec).await
+}
+
+/// Adds the event to the tenant's and the checkout's stream.
+fn announced(
+    cx: &Cx,
+    completion: Completion<Nothing>,
+    event_type: ProvisioningEventType,
+    message: &str,
+) -> Completion<Nothing> {
+    completion
+        .event(Subject::Checkout(cx.input.checkout), event(cx, event_type, message, Some(cx.input.checkout)))
+        .event(Subject::Tenant(cx.input.tenant), event(cx, event_type, message, None))
+}
+
+fn event(cx: &Cx, event_type: ProvisioningEventType, message: &str, checkout: Option<CheckoutId>) -> Event {
+    use ProvisioningEventType as T;
+    let slug = cx.input.tenant.slug();
+    let status = match event_type {
+        T::InfrastructureReady | T::TenantReady => TenantStatus::AwaitingDeploy,
+        T::ProvisioningFailed => TenantStatus::Failed { reason: String::new() },
+        _ => TenantStatus::Provisioning,
+    };
+    Event::Provisioning(ProvisioningEvent {
+        checkout_session_id: checkout,
+        tenant_id: cx.input.tenant,
+        tenant_name: cx.input.name.to_string(),
+        event_type,
+        status: status.as_str().to_owned(),
+        message: Some(message.to_owned()),
+        app_url: Some(cx.app.site.app_url(&slug)),
+        fly_app_name: Some(slug.app_name().to_string()),
+    })
+}
+
+/// A driver's error as a step's: what it says to do next decides.
+#[allow(clippy::needless_pass_by_value, reason = "used as map_err(driver_error)")]
+pub(super) fn driver_error(error: DriverError) -> StepError {
+    match (error.next(), &error) {
+        (Next::Retry, _) => StepError::Transient(error.to_string()),
+        (_, DriverError::Capacity { .. }) => StepError::Permanent(ApiError::new(ErrorCode::CapacityExhausted, error.to_string())),
+        _ => StepError::Permanent(ApiError::new(ErrorCode::Internal, error.to_string())),
+    }
+}
+
+/// The tenants' cluster may be restarting; nothing it says ends a provision at once.
+#[allow(clippy::needless_pass_by_value, reason = "used as map_err(retry)")]
+pub(super) fn retry(error: sqlx::Error) -> StepError {
+    StepError::Transient(format!("the tenants' database cluster: {error}"))
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "used as map_err(internal)")]
+pub(super) fn internal(error: impl ToString) -> StepError {
+    StepError::Permanent(ApiError::new(ErrorCode::Internal, error.to_string()))
+}
