@@ -129,13 +129,18 @@ impl Project {
         let outside = || ProjectError::Outside { profile: profile.path.clone(), path: path.clone() };
         let parent = path.parent().ok_or_else(outside)?;
         // The text must stay inside, and no link on the way may lead out of it.
-        let inside = path.starts_with(without_dots(&self.state())) && path.file_name().is_some();
+        let inside = parent.starts_with(without_dots(&self.state())) && path.file_name().is_some();
         let real = |path: &Path| path.canonicalize().ok();
         let honest = match (real(parent), real(&self.state())) {
             (Some(parent), Some(state)) => parent.starts_with(state),
             _ => true,
         };
         if inside && honest { Ok(path) } else { Err(outside()) }
+    }
+
+    /// `.systemprompt/cache/layers`: finished layers of images; may be removed at any time.
+    pub fn layer_cache(&self) -> PathBuf {
+        self.state().join("cache").join("layers")
     }
 
     /// Names of the profiles, sorted.
@@ -149,8 +154,8 @@ impl Project {
         names
     }
 
-    /// The profile that was asked for, by name or by path; without one the only profile there is, if it is the only
-    /// one. `variables` fills in `${NAME}`.
+    /// The profile that was asked for, by name or by path; without one the only profile there is, or the only one of
+    /// them for the cloud. `variables` fills in `${NAME}`.
     ///
     /// # Errors
     /// [`ProjectError`] when the one that was asked for cannot be used.
@@ -162,13 +167,21 @@ impl Project {
         let path = match asked {
             Some(asked) if is_path(asked) => PathBuf::from(asked),
             Some(name) => self.profile_path(name)?,
-            None => match self.profile_names().as_slice() {
-                [only] => self.profile_path(only)?,
-                _ => return Ok(None),
-            },
+            None => return self.only_profile(&variables),
         };
         let path = if path.is_dir() { profile_file(&path).unwrap_or(path) } else { path };
-        Profile::load(&path, variables).map(Some)
+        Profile::load(&path, &variables).map(Some)
+    }
+
+    fn only_profile(&self, variables: &impl Fn(&str) -> Option<String>) -> Result<Option<Profile>, ProjectError> {
+        let names = self.profile_names();
+        let load = |name: &String| self.profile_path(name).and_then(|path| Profile::load(&path, variables));
+        if let [only] = names.as_slice() {
+            return load(only).map(Some);
+        }
+        let of_cloud = |profile: &Profile| profile.target == ProfileTarget::Cloud;
+        let mut cloud: Vec<_> = names.iter().filter_map(|name| load(name).ok()).filter(of_cloud).collect();
+        Ok(if cloud.len() == 1 { cloud.pop() } else { None })
     }
 
     fn profile_path(&self, name: &str) -> Result<PathBuf, ProjectError> {
@@ -187,13 +200,19 @@ impl Project {
 }
 
 impl Profile {
-    fn load(path: &Path, variables: impl Fn(&str) -> Option<String>) -> Result<Self, ProjectError> {
+    fn load(path: &Path, variables: &impl Fn(&str) -> Option<String>) -> Result<Self, ProjectError> {
         let read = |source| ProjectError::Read { path: path.to_owned(), source };
         if std::fs::metadata(path).map_err(read)?.len() > MAX_PROFILE {
             return Err(ProjectError::Invalid { path: path.to_owned(), reason: "larger than 1 MiB".to_owned() });
         }
         let text = std::fs::read_to_string(path).map_err(read)?;
         Self::parse(path, &with_variables(&text, variables))
+    }
+
+    /// The name of its directory: what the image builder calls it.
+    pub fn directory_name(&self) -> &str {
+        let directory = self.path.parent().and_then(Path::file_name).and_then(|name| name.to_str());
+        directory.unwrap_or(&self.name)
     }
 
     fn parse(path: &Path, text: &str) -> Result<Self, ProjectError> {
@@ -254,7 +273,7 @@ fn is_path(asked: &str) -> bool {
 }
 
 /// Replaces `${NAME}` where the variable is set and leaves it as it is where not.
-fn with_variables(text: &str, variables: impl Fn(&str) -> Option<String>) -> String {
+fn with_variables(text: &str, variables: &impl Fn(&str) -> Option<String>) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some((before, after)) = rest.split_once("${") {
@@ -330,7 +349,7 @@ mod tests {
 
     #[test]
     fn variables_are_filled_in_where_they_are_set() {
-        let fill = |text| with_variables(text, |name| (name == "A").then(|| "1".to_owned()));
+        let fill = |text| with_variables(text, &|name: &str| (name == "A").then(|| "1".to_owned()));
         assert_eq!(fill("x ${A} ${B} ${A"), "x 1 ${B} ${A");
         assert_eq!(fill("${${A}}"), "${1}");
     }

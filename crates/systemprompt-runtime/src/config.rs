@@ -29,19 +29,23 @@ pub struct RuntimeConfig {
     pub drain: Duration,
 }
 
-/// What a profile says about the listener; the environment beats it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ListenDefaults {
+/// What a profile and the project around it say; the environment beats it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuntimeDefaults {
     /// Used without `HOST`.
     pub host: IpAddr,
     /// Used without `PORT`.
     pub port: u16,
+    /// Used without `WEB_DIR`.
+    pub web_dir: Option<PathBuf>,
+    /// Used without `SYSTEMPROMPT_SERVICES_PATH`.
+    pub services_path: Option<PathBuf>,
 }
 
-impl Default for ListenDefaults {
+impl Default for RuntimeDefaults {
     /// Loopback, since a server that was told nothing should not be reachable from elsewhere; port 8080.
     fn default() -> Self {
-        Self { host: IpAddr::V4(Ipv4Addr::LOCALHOST), port: 8080 }
+        Self { host: IpAddr::V4(Ipv4Addr::LOCALHOST), port: 8080, web_dir: None, services_path: None }
     }
 }
 
@@ -64,29 +68,29 @@ impl RuntimeConfig {
     /// # Errors
     /// [`ConfigError`] with every missing or invalid variable at once.
     pub fn from_env() -> Result<Self, ConfigError> {
-        Self::from_env_or(ListenDefaults::default())
+        Self::from_env_or(&RuntimeDefaults::default())
     }
 
-    /// Reads the environment of this process; `listen` is what a profile says.
+    /// Reads the environment of this process; `defaults` fill the gaps.
     ///
     /// # Errors
     /// [`ConfigError`] with every missing or invalid variable at once.
-    pub fn from_env_or(listen: ListenDefaults) -> Result<Self, ConfigError> {
-        Self::parse(listen, |name| std::env::var_os(name))
+    pub fn from_env_or(defaults: &RuntimeDefaults) -> Result<Self, ConfigError> {
+        Self::parse(defaults, |name| std::env::var_os(name))
     }
 
-    fn parse(listen: ListenDefaults, lookup: impl Fn(&str) -> Option<OsString>) -> Result<Self, ConfigError> {
+    fn parse(defaults: &RuntimeDefaults, lookup: impl Fn(&str) -> Option<OsString>) -> Result<Self, ConfigError> {
         let mut reader = Reader { lookup, problems: Vec::new() };
         let host = reader.parsed("HOST", "an IP address such as 0.0.0.0");
         let port = reader.parsed("PORT", "a number from 0 to 65535");
         let drain = reader.parsed("DRAIN_SECONDS", "a whole number of seconds");
-        let web_dir = reader.required("WEB_DIR").map(PathBuf::from);
-        let services_path = reader.directory("SYSTEMPROMPT_SERVICES_PATH");
+        let web_dir = reader.path("WEB_DIR", defaults.web_dir.as_ref());
+        let services_path = reader.directory("SYSTEMPROMPT_SERVICES_PATH", defaults.services_path.as_ref());
         let database_url = reader.database_url();
         match (reader.problems, web_dir, services_path, database_url) {
             (problems, Some(web_dir), Some(services_path), Some(database_url)) if problems.is_empty() => Ok(Self {
-                host: host.unwrap_or(listen.host),
-                port: port.unwrap_or(listen.port),
+                host: host.unwrap_or(defaults.host),
+                port: port.unwrap_or(defaults.port),
                 web_dir,
                 services_path,
                 database_url,
@@ -128,8 +132,15 @@ impl<L: Fn(&str) -> Option<OsString>> Reader<L> {
         parsed
     }
 
-    fn directory(&mut self, name: &str) -> Option<PathBuf> {
-        let path = PathBuf::from(self.required(name)?);
+    fn path(&mut self, name: &str, default: Option<&PathBuf>) -> Option<PathBuf> {
+        match (self.optional(name), default) {
+            (None, Some(default)) => Some(default.clone()),
+            _ => self.required(name).map(PathBuf::from),
+        }
+    }
+
+    fn directory(&mut self, name: &str, default: Option<&PathBuf>) -> Option<PathBuf> {
+        let path = self.path(name, default)?;
         if path.is_dir() {
             return Some(path);
         }
@@ -155,7 +166,7 @@ mod tests {
 
     fn parse(pairs: &[(&str, &str)]) -> Result<RuntimeConfig, ConfigError> {
         let map: HashMap<_, _> = pairs.iter().map(|(name, value)| (*name, OsString::from(*value))).collect();
-        RuntimeConfig::parse(ListenDefaults::default(), |name| map.get(name).cloned())
+        RuntimeConfig::parse(&RuntimeDefaults::default(), |name| map.get(name).cloned())
     }
 
     const COMPLETE: [(&str, &str); 3] =

@@ -18,7 +18,7 @@ mod health;
 mod server;
 mod site;
 
-pub use config::{ConfigError, ListenDefaults, RuntimeConfig};
+pub use config::{ConfigError, RuntimeConfig, RuntimeDefaults};
 pub use database::DatabaseError;
 pub use server::{RuntimeError, serve, serve_on};
 

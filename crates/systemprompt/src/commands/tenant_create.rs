@@ -1,0 +1,167 @@
+use crate::{
+    context::Session,
+    error::CliError,
+    output::{ArtifactType, Printer, Progress},
+    settings::Settings,
+};
+use serde::Serialize;
+use std::{path::Path, time::Duration};
+use systemprompt_cloud::{
+    CheckoutOutcome, CheckoutProgress, CloudApiClient, NewCloudTenantParams, StoredTenant, TenantStore,
+    TenantStoreError, follow_checkout, resume_command, run_checkout_callback_flow,
+};
+use systemprompt_contract::{CheckoutCreated, CheckoutId, CheckoutRequest, Plan, Region, TenantId, TenantName};
+
+pub(crate) struct Request {
+    pub(crate) name: Option<TenantName>,
+    pub(crate) region: Region,
+    pub(crate) plan: Option<String>,
+    /// A checkout that was started before.
+    pub(crate) checkout: Option<CheckoutId>,
+    pub(crate) open_browser: bool,
+    pub(crate) within: Duration,
+}
+
+#[derive(Serialize)]
+struct Created {
+    checkout_id: CheckoutId,
+    id: TenantId,
+    name: String,
+    status: String,
+    app_url: String,
+    needs_deploy: bool,
+}
+
+/// Buys and waits. The tenant is in `tenants.json`, selected, as soon as its id is known, so that whatever happens
+/// afterwards leaves something to go on with.
+pub(crate) async fn create(request: Request, settings: &Settings, printer: &Printer) -> Result<(), CliError> {
+    let Session { client, .. } = settings.session(printer)?;
+    let path = settings.tenants_path(settings.profile()?.as_ref())?;
+    let progress = printer.progress();
+    let outcome = tokio::select! {
+        outcome = checkout(request, &client, settings, printer, &path, &progress) => outcome,
+        signal = tokio::signal::ctrl_c() => {
+            signal?;
+            Err(CliError::interrupted("stopped waiting; the checkout stays as it is")
+                .hint("Go on with it: systemprompt cloud tenant create --checkout ID"))
+        }
+    };
+    progress.finish();
+    let outcome = outcome?;
+    let tenant = client.tenant(outcome.tenant).await?;
+    TenantStore::update(&path, |store| store.upsert(StoredTenant::from(&tenant.summary)))?;
+    let created = Created {
+        checkout_id: outcome.checkout,
+        id: outcome.tenant,
+        name: tenant.summary.name,
+        status: tenant.summary.status,
+        app_url: tenant.app_url,
+        needs_deploy: outcome.needs_deploy,
+    };
+    printer.value(ArtifactType::PresentationCard, &created, |text| {
+        text.line(format!("{} is ready", created.name));
+        text.pair("id", Some(created.id));
+        text.pair("status", Some(&created.status));
+        text.pair("url", Some(&created.app_url));
+    })?;
+    if created.needs_deploy {
+        printer.next("systemprompt cloud deploy");
+    }
+    Ok(())
+}
+
+async fn checkout(
+    request: Request,
+    client: &CloudApiClient,
+    settings: &Settings,
+    printer: &Printer,
+    path: &Path,
+    progress: &Progress,
+) -> Result<CheckoutOutcome, CliError> {
+    let (region, open_browser, within) = (request.region, request.open_browser, request.within);
+    let mut sink = |event: CheckoutProgress| -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        match event {
+            CheckoutProgress::Created(created) => announce(&created, open_browser, progress),
+            CheckoutProgress::Tenant { id, name } => {
+                remember(path, id, &name, region)?;
+                progress.step(&format!("{name}: bought, tenant {id}"));
+            }
+            CheckoutProgress::Event(event) => {
+                let what = event.message.unwrap_or_else(|| event.status.clone());
+                progress.step(&format!("{}: {what}", event.tenant_name));
+            }
+        }
+        Ok(())
+    };
+    if let Some(id) = request.checkout {
+        progress.now("Waiting for the checkout to be confirmed");
+        return Ok(follow_checkout(client, id, within, &mut sink).await?);
+    }
+    let plan = choose_plan(client.plans().await?, request.plan.as_deref(), settings, printer)?;
+    let name = request.name.or_else(|| name_of_project(settings));
+    let checkout = CheckoutRequest { price_id: plan.paddle_price_id, region, redirect_uri: None, name };
+    Ok(run_checkout_callback_flow(client, checkout, within, &mut sink).await?)
+}
+
+fn announce(created: &CheckoutCreated, open_browser: bool, progress: &Progress) {
+    let id = created.checkout_session_id;
+    progress.step("Complete the checkout in your browser:");
+    progress.step(&format!("  {}", created.checkout_url));
+    progress.step("With manual billing the operator confirms it:");
+    progress.step(&format!("  systemprompt cloud checkout confirm {id}"));
+    progress.step(&format!("To go on waiting later: {}", resume_command(id)));
+    if open_browser && webbrowser::open(&created.checkout_url).is_err() {
+        progress.step("No browser could be opened; open the address yourself.");
+    }
+    progress.now("Waiting for the checkout to be confirmed");
+}
+
+fn remember(path: &Path, id: TenantId, name: &str, region: Region) -> Result<(), TenantStoreError> {
+    let tenant = StoredTenant::new_cloud(NewCloudTenantParams {
+        id: id.to_string(),
+        name: name.to_owned(),
+        app_id: Some(id.slug().app_name().to_string()),
+        hostname: None,
+        region: Some(region.to_string()),
+        internal_database_url: None,
+        sync_token: None,
+    });
+    TenantStore::update(path, |store| {
+        store.upsert(tenant);
+        store.selected = Some(id.to_string());
+    })
+}
+
+/// Nothing is bought that was not named, unless there is no choice.
+fn choose_plan(
+    mut plans: Vec<Plan>,
+    asked: Option<&str>,
+    settings: &Settings,
+    printer: &Printer,
+) -> Result<Plan, CliError> {
+    let names = plans.iter().map(|plan| plan.name.as_str()).collect::<Vec<_>>().join(", ");
+    if let Some(asked) = asked {
+        let is_it =
+            |plan: &Plan| plan.id == asked || plan.paddle_price_id == asked || plan.name.eq_ignore_ascii_case(asked);
+        let found = plans.into_iter().find(is_it);
+        return found
+            .ok_or_else(|| CliError::new("no_such_plan", format!("there is no plan {asked:?}; there are: {names}")));
+    }
+    match plans.len() {
+        0 => Err(CliError::new("no_plans", "this installation offers no plans").hint("Tell its operator.")),
+        1 => Ok(plans.remove(0)),
+        _ if settings.interactive => {
+            let describe =
+                |plan: &Plan| format!("{} ({} MiB, {} GiB)", plan.name, plan.memory_mb_default, plan.volume_gb);
+            let choices: Vec<_> = plans.iter().map(describe).collect();
+            printer.talk("Plans:");
+            Ok(plans.swap_remove(crate::prompt::choose("Which plan?", &choices)?))
+        }
+        _ => Err(CliError::usage(format!("there are several plans; name one with --plan: {names}"))),
+    }
+}
+
+/// The project's directory, when that is a name a tenant may have.
+fn name_of_project(settings: &Settings) -> Option<TenantName> {
+    settings.project.root().file_name()?.to_str()?.parse().ok()
+}

@@ -1,0 +1,152 @@
+//! One error type at the border: a code for programs, a message, a hint, an exit code.
+
+use std::{error::Error, process::ExitCode};
+use systemprompt_cloud::{
+    CheckoutError, CloudError, CredentialsError, DeployError, HttpError, LoginError, ProjectError, TenantStoreError,
+};
+
+/// How a command ends when it does not succeed.
+#[derive(Debug)]
+pub(crate) enum CliError {
+    /// To be told.
+    Failed(Failure),
+    /// The arguments cannot be used together, or not here.
+    Usage(Failure),
+    /// The person pressed Ctrl-C; with what goes on without us.
+    Interrupted(Failure),
+    /// The person said no.
+    Declined,
+    /// Whoever read standard output left: nothing to say to anybody.
+    BrokenPipe,
+}
+
+/// What a person and a program learn.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) code: String,
+    pub(crate) message: String,
+    pub(crate) hint: Option<String>,
+    /// Lines to show before the message: the last words of a failed instance.
+    pub(crate) details: Vec<String>,
+}
+
+impl CliError {
+    pub(crate) fn new(code: &str, message: impl Into<String>) -> Self {
+        Self::Failed(Failure::new(code, message))
+    }
+
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::Usage(Failure::new("usage", message))
+    }
+
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        if let Self::Failed(failure) | Self::Usage(failure) | Self::Interrupted(failure) = &mut self {
+            failure.hint = Some(hint.into());
+        }
+        self
+    }
+
+    pub(crate) fn interrupted(message: impl Into<String>) -> Self {
+        Self::Interrupted(Failure::new("interrupted", message))
+    }
+
+    #[allow(clippy::needless_pass_by_value, reason = "used as `map_err(CliError::runtime)`")]
+    pub(crate) fn runtime(error: std::io::Error) -> Self {
+        Self::new("system", format!("the system gave no resources to start with: {error}"))
+    }
+
+    pub(crate) fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Failed(failure) | Self::Usage(failure) | Self::Interrupted(failure) => Some(failure),
+            Self::Declined | Self::BrokenPipe => None,
+        }
+    }
+
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Failed(_) => ExitCode::from(1),
+            Self::Usage(_) => ExitCode::from(2),
+            Self::Interrupted(_) => ExitCode::from(130),
+            Self::Declined | Self::BrokenPipe => ExitCode::SUCCESS,
+        }
+    }
+
+    fn of(error: &(dyn Error + 'static), code: &str, hint: Option<String>) -> Self {
+        Self::Failed(Failure { hint, ..Failure::new(code, with_causes(error)) })
+    }
+}
+
+impl Failure {
+    fn new(code: &str, message: impl Into<String>) -> Self {
+        Self { code: code.to_owned(), message: message.into(), hint: None, details: Vec::new() }
+    }
+}
+
+/// The message and those of its causes that it does not already say itself.
+pub(crate) fn with_causes(error: &(dyn Error + 'static)) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !message.contains(&text) {
+            message = format!("{message}: {text}");
+        }
+        cause = error.source();
+    }
+    message
+}
+
+impl From<std::io::Error> for CliError {
+    fn from(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::BrokenPipe => Self::BrokenPipe,
+            _ => Self::new("system", with_causes(&error)),
+        }
+    }
+}
+
+macro_rules! from_library {
+    ($($error:ty),*) => {$(
+        impl From<$error> for CliError {
+            fn from(error: $error) -> Self {
+                Self::of(&error, error.code(), error.hint())
+            }
+        }
+    )*};
+}
+
+from_library!(CloudError, CredentialsError, LoginError, TenantStoreError);
+
+impl From<ProjectError> for CliError {
+    fn from(error: ProjectError) -> Self {
+        Self::of(&error, error.code(), None)
+    }
+}
+
+impl From<HttpError> for CliError {
+    fn from(error: HttpError) -> Self {
+        Self::of(&error, "no_http_client", Some("Check --ca-file and SYSTEMPROMPT_CA_FILE.".to_owned()))
+    }
+}
+
+impl From<CheckoutError> for CliError {
+    fn from(error: CheckoutError) -> Self {
+        match error {
+            CheckoutError::Sink(error) => match error.downcast::<TenantStoreError>() {
+                Ok(error) => (*error).into(),
+                Err(error) => Self::new("system", error.to_string()),
+            },
+            other => Self::of(&other, other.code(), other.hint()),
+        }
+    }
+}
+
+impl From<DeployError> for CliError {
+    fn from(error: DeployError) -> Self {
+        let mut failed = Self::of(&error, error.code(), error.hint());
+        if let (Self::Failed(failure), DeployError::Failed { logs, .. }) = (&mut failed, error) {
+            failure.details = logs;
+        }
+        failed
+    }
+}

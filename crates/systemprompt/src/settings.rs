@@ -1,0 +1,63 @@
+//! What was typed, made into values: with the environment, the terminal and the project it was typed in. The only
+//! place that reads the environment.
+
+use crate::{args::GlobalArgs, error::CliError};
+use std::{io::IsTerminal as _, path::PathBuf};
+use systemprompt_cloud::{ApiUrl, CredentialsBootstrap, HttpOptions, Profile, Project};
+
+/// Everything a command may know about where it runs.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    /// The nearest project, else the current directory.
+    pub(crate) project: Project,
+    /// Whether there is a project already.
+    pub(crate) in_project: bool,
+    /// The profile that was asked for, by name or path.
+    pub(crate) profile: Option<String>,
+    /// The API that was asked for.
+    pub(crate) api_url: Option<ApiUrl>,
+    pub(crate) http: HttpOptions,
+    /// Whether a person can be asked.
+    pub(crate) interactive: bool,
+    pub(crate) credentials: CredentialsBootstrap,
+}
+
+impl Settings {
+    pub(crate) fn resolve(global: GlobalArgs) -> Result<Self, CliError> {
+        let here = std::env::current_dir()
+            .map_err(|error| CliError::new("system", format!("the current directory cannot be used: {error}")))?;
+        let found = Project::discover(&here);
+        let in_project = found.is_some();
+        let project = found.unwrap_or_else(|| Project::at(&here));
+        let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
+        let interactive = terminal && !global.non_interactive && !global.output().json;
+        let credentials = CredentialsBootstrap::find(project.credentials_path(), env)?;
+        Ok(Self {
+            project,
+            in_project,
+            profile: global.profile,
+            api_url: global.api_url,
+            http: HttpOptions { ca_file: global.ca_file.map(|path| absolute(&here, path)) },
+            interactive,
+            credentials,
+        })
+    }
+
+    /// The profile in force, when there is one.
+    pub(crate) fn profile(&self) -> Result<Option<Profile>, CliError> {
+        Ok(self.project.profile(self.profile.as_deref(), env)?)
+    }
+}
+
+/// Whether `SYSTEMPROMPT_OUTPUT_FORMAT` asks for JSON, as programs that run this one set it.
+pub(crate) fn env_wants_json() -> bool {
+    env("SYSTEMPROMPT_OUTPUT_FORMAT").is_some_and(|format| format.eq_ignore_ascii_case("json"))
+}
+
+fn env(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn absolute(here: &std::path::Path, path: PathBuf) -> PathBuf {
+    if path.is_absolute() { path } else { here.join(path) }
+}
