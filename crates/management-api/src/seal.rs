@@ -22,7 +22,9 @@ pub(crate) enum MasterKeyError {
     File(#[from] PrivateFileError),
     #[error("there is no master key at {0}: put the file back; nothing sealed can be opened without it")]
     Missing(PathBuf),
-    #[error("{path} must hold exactly {KEY_LEN} bytes, it holds {length}: put the right file back; nothing sealed can be opened without it")]
+    #[error(
+        "{path} must hold exactly {KEY_LEN} bytes, it holds {length}: put the right file back; nothing sealed can be opened without it"
+    )]
     Length { path: PathBuf, length: usize },
 }
 
@@ -31,7 +33,9 @@ pub(crate) enum MasterKeyError {
 pub(crate) enum SealError {
     #[error("{context}: sealed with format {version}, this program knows format {FORMAT}: use the newer program")]
     Format { context: String, version: u8 },
-    #[error("{context}: does not open: it was changed, belongs to another place, or was sealed with another master key")]
+    #[error(
+        "{context}: does not open: it was changed, belongs to another place, or was sealed with another master key"
+    )]
     Refused { context: String },
 }
 

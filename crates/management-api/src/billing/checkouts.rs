@@ -68,11 +68,7 @@ pub(super) async fn store(pool: &PgPool, new: &NewCheckout<'_>) -> Result<Stored
 }
 
 /// The conflicting insert has waited for the other transaction, so the row is there to be seen.
-async fn stored_before(
-    pool: &PgPool,
-    account: AccountId,
-    idempotency: Idempotency<'_>,
-) -> Result<Stored, sqlx::Error> {
+async fn stored_before(pool: &PgPool, account: AccountId, idempotency: Idempotency<'_>) -> Result<Stored, sqlx::Error> {
     let row = sqlx::query!(
         r#"SELECT id, request_hash = $3 AS "same!" FROM checkouts WHERE account_id = $1 AND idempotency_key = $2"#,
         account.uuid(),
@@ -135,9 +131,8 @@ pub(super) async fn by_id(pool: &PgPool, id: CheckoutId) -> Result<Option<Checko
 /// # Errors
 /// Those of the database.
 pub(crate) async fn buyer(pool: &PgPool, id: CheckoutId) -> Result<Option<AccountId>, sqlx::Error> {
-    let account = sqlx::query_scalar!("SELECT account_id FROM checkouts WHERE id = $1", id.uuid())
-        .fetch_optional(pool)
-        .await?;
+    let account =
+        sqlx::query_scalar!("SELECT account_id FROM checkouts WHERE id = $1", id.uuid()).fetch_optional(pool).await?;
     Ok(account.map(AccountId::from_uuid))
 }
 

@@ -59,11 +59,10 @@ pub(super) async fn create(
             transaction_id: format!("manual_{id}"),
             checkout_session_id: id,
         })),
-        Stored::KeyTaken => Err(Failure::new(
-            ErrorCode::IdempotencyMismatch,
-            "this Idempotency-Key came before with another request",
-        )
-        .hint("use a new key for a new checkout")),
+        Stored::KeyTaken => {
+            Err(Failure::new(ErrorCode::IdempotencyMismatch, "this Idempotency-Key came before with another request")
+                .hint("use a new key for a new checkout"))
+        }
     }
 }
 
@@ -84,8 +83,11 @@ pub(super) async fn confirm(
     Extension(id): Extension<CheckoutId>,
 ) -> Result<axum::Json<Data<CheckoutState>>, Failure> {
     if !principal.is_operator() {
-        return Err(Failure::new(ErrorCode::Forbidden, "only the operator of this installation can confirm a checkout")
-            .hint(format!("ask the operator to run: {}", confirm_command(id))));
+        return Err(Failure::new(
+            ErrorCode::Forbidden,
+            "only the operator of this installation can confirm a checkout",
+        )
+        .hint(format!("ask the operator to run: {}", confirm_command(id))));
     }
     let now = Utc::now();
     let body = serde_json::to_vec(&ManualEvent::confirmation(id, now)).map_err(|error| Failure::internal(&error))?;

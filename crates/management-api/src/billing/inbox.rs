@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 use sqlx::PgTransaction;
 use std::{sync::Arc, time::Duration};
 use systemprompt_contract::{
-    ApiError, CheckoutId, ErrorCode, Event, OperationId, ProvisioningEvent, ProvisioningEventType, Subject, TenantId, TenantStatus,
+    ApiError, CheckoutId, ErrorCode, Event, OperationId, ProvisioningEvent, ProvisioningEventType, Subject, TenantId,
+    TenantStatus,
 };
 use systemprompt_workflow::{Db, EnqueueError, NewOperation, enqueue, events};
 
@@ -69,12 +70,9 @@ impl ManualEvent {
 
     fn parse(body: &[u8]) -> Result<Self, InboxError> {
         let event: Self = serde_json::from_slice(body).map_err(InboxError::Body)?;
-        let is_name = |text: &str, longest| (1..=longest).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
-        if is_name(&event.event_id, 200) && is_name(&event.kind, 128) {
-            Ok(event)
-        } else {
-            Err(InboxError::Name)
-        }
+        let is_name =
+            |text: &str, longest| (1..=longest).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+        if is_name(&event.event_id, 200) && is_name(&event.kind, 128) { Ok(event) } else { Err(InboxError::Name) }
     }
 
     /// What it asks for; none: we know nothing to do for it.

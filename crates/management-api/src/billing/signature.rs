@@ -178,10 +178,23 @@ mod tests {
         let tag = hex::encode([0; 32]);
         let many = format!("ts=1{}", format!(";h1={tag}").repeat(9));
         for odd in [
-            "", ";", "ts=1", &format!("h1={tag}"), &format!("ts=;h1={tag}"), &format!("ts=-1;h1={tag}"),
-            &format!("ts=+1;h1={tag}"), &format!("ts=01;h1={tag}"), &format!("ts=1;ts=1;h1={tag}"),
-            &format!("ts=1.0;h1={tag}"), &format!("ts=9999999999999;h1={tag}"), "ts=1;h1=", "ts=1;h1=zz",
-            &format!("ts=1;h1={tag}00"), &format!("ts=1;h1={}", &tag[2..]), "ts=1;h1", &many,
+            "",
+            ";",
+            "ts=1",
+            &format!("h1={tag}"),
+            &format!("ts=;h1={tag}"),
+            &format!("ts=-1;h1={tag}"),
+            &format!("ts=+1;h1={tag}"),
+            &format!("ts=01;h1={tag}"),
+            &format!("ts=1;ts=1;h1={tag}"),
+            &format!("ts=1.0;h1={tag}"),
+            &format!("ts=9999999999999;h1={tag}"),
+            "ts=1;h1=",
+            "ts=1;h1=zz",
+            &format!("ts=1;h1={tag}00"),
+            &format!("ts=1;h1={}", &tag[2..]),
+            "ts=1;h1",
+            &many,
         ] {
             assert_eq!(odd.parse::<Signature>(), Err(SignatureError::Malformed), "{odd}");
         }

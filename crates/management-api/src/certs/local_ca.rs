@@ -15,8 +15,8 @@ use super::{EdgeCertificate, LOCALHOST};
 use crate::seal::private_file::{self, PrivateFileError};
 use chrono::{DateTime, TimeDelta, Utc};
 use rcgen::{
-    BasicConstraints, CertificateParams, CidrSubnet, DistinguishedName, DnType, ExtendedKeyUsagePurpose, GeneralSubtree,
-    IsCa, Issuer, KeyPair, KeyUsagePurpose, NameConstraints, PKCS_ECDSA_P256_SHA256, SanType,
+    BasicConstraints, CertificateParams, CidrSubnet, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+    GeneralSubtree, IsCa, Issuer, KeyPair, KeyUsagePurpose, NameConstraints, PKCS_ECDSA_P256_SHA256, SanType,
 };
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use std::{
@@ -25,11 +25,7 @@ use std::{
     time::Duration,
 };
 use systemprompt_contract::{CertHost, Secret, Zone};
-use x509_parser::{
-    certificate::X509Certificate,
-    extensions::GeneralName,
-    prelude::FromDer as _,
-};
+use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer as _};
 
 /// A local CA that cannot be used.
 #[derive(Debug, thiserror::Error)]

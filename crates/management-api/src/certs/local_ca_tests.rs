@@ -122,7 +122,8 @@ fn a_stolen_key_certifies_nothing_outside_the_constraint() {
 fn the_constraint_is_critical_and_the_ca_makes_no_other_ca() {
     let rig = Rig::new();
     drop(rig.ca());
-    let output = Command::new("openssl").args(["x509", "-noout", "-text", "-in"]).arg(rig.path().join("ca.pem")).output();
+    let output =
+        Command::new("openssl").args(["x509", "-noout", "-text", "-in"]).arg(rig.path().join("ca.pem")).output();
     let text = String::from_utf8(output.unwrap().stdout).unwrap();
     assert!(text.contains("X509v3 Name Constraints: critical"), "{text}");
     assert!(text.contains("CA:TRUE, pathlen:0"), "{text}");

@@ -92,7 +92,9 @@ impl From<sqlx::Error> for Failure {
             }
             // 57P: shutting down or starting; 08: connection; 53100: disk full; 53300: too many connections.
             sqlx::Error::Database(database) => match database.code().as_deref() {
-                Some("53100") => Self::new(ErrorCode::InsufficientStorage, "the platform's disk is full; nothing was lost"),
+                Some("53100") => {
+                    Self::new(ErrorCode::InsufficientStorage, "the platform's disk is full; nothing was lost")
+                }
                 Some(code) if code.starts_with("57P") || code.starts_with("08") || code == "53300" => {
                     Self::unavailable(&error)
                 }

@@ -229,7 +229,9 @@ mod tests {
         let response = page.into_response();
         let headers = response.headers();
         let policy = headers[header::CONTENT_SECURITY_POLICY].to_str().unwrap();
-        assert!(policy.starts_with("default-src 'none'; ") && policy.ends_with("form-action 'self' http://127.0.0.1:9"));
+        assert!(
+            policy.starts_with("default-src 'none'; ") && policy.ends_with("form-action 'self' http://127.0.0.1:9")
+        );
         assert!(!policy.contains("unsafe-inline") && policy.contains("frame-ancestors 'none'"));
         assert_eq!(headers[header::CACHE_CONTROL], "no-store");
         assert_eq!(headers[header::X_CONTENT_TYPE_OPTIONS], "nosniff");

@@ -77,8 +77,7 @@ pub(super) struct HashedAccount {
 impl HashedAccount {
     pub(super) async fn new(new: NewAccount) -> Result<Self, password::HashingError> {
         let password_hash = password::hash(new.password).await?;
-        let account =
-            Account { id: AccountId::new(), email: new.email.to_string(), name: new.name, role: new.role };
+        let account = Account { id: AccountId::new(), email: new.email.to_string(), name: new.name, role: new.role };
         Ok(Self { account, email: new.email, password_hash })
     }
 

@@ -82,7 +82,8 @@ pub(super) async fn exchange(db: &Db, request: &TokenExchange) -> Result<SignedI
         .execute(&mut *tx)
         .await?;
     tx.commit().await?;
-    let account = accounts::account_by_id(db.pool(), burnt.account).await?.ok_or_else(|| unauthorized("the account is gone"))?;
+    let account =
+        accounts::account_by_id(db.pool(), burnt.account).await?.ok_or_else(|| unauthorized("the account is gone"))?;
     Ok(SignedIn { access_token, expires_at, user: account.into_user() })
 }
 
@@ -125,12 +126,9 @@ async fn revoke_exchanged(connection: &mut PgConnection, code_hash: &[u8; 32]) -
         .fetch_optional(&mut *connection)
         .await?;
     let Some(code) = code else { return Ok(false) };
-    sqlx::query!(
-        "UPDATE api_tokens SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL",
-        code.token_id
-    )
-    .execute(connection)
-    .await?;
+    sqlx::query!("UPDATE api_tokens SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL", code.token_id)
+        .execute(connection)
+        .await?;
     Ok(true)
 }
 
@@ -160,7 +158,9 @@ mod tests {
 
     #[test]
     fn what_is_no_challenge_or_verifier_is_refused() {
-        for bad in ["", "short", "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM=", "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw+cM"] {
+        for bad in
+            ["", "short", "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM=", "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw+cM"]
+        {
             assert!(bad.parse::<Challenge>().is_err(), "{bad}");
         }
         for bad in [&"a".repeat(42), &"a".repeat(129), &format!("{} ", "a".repeat(50)), &"ä".repeat(30)] {

@@ -66,8 +66,26 @@ mod tests {
     fn what_is_no_address_is_refused() {
         let long = format!("{}@example.com", "a".repeat(65));
         for bad in [
-            "", "a", "@", "a@", "@b.c", "a@@b.c", "a@b@c.d", "a b@c.d", ".a@b.c", "a.@b.c", "a..b@c.d", "a@b..c",
-            "a@-b.c", "\"a b\"@c.d", "a@[127.0.0.1]", "a@127.0.0.1", "a@b.c\r\nBcc: x@y.z", "ä@b.c", "a@b.c.", &long,
+            "",
+            "a",
+            "@",
+            "a@",
+            "@b.c",
+            "a@@b.c",
+            "a@b@c.d",
+            "a b@c.d",
+            ".a@b.c",
+            "a.@b.c",
+            "a..b@c.d",
+            "a@b..c",
+            "a@-b.c",
+            "\"a b\"@c.d",
+            "a@[127.0.0.1]",
+            "a@127.0.0.1",
+            "a@b.c\r\nBcc: x@y.z",
+            "ä@b.c",
+            "a@b.c.",
+            &long,
         ] {
             assert!(bad.parse::<Email>().is_err(), "{bad:?}");
         }

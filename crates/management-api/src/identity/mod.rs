@@ -142,9 +142,8 @@ async fn sign_out(
 
 /// `GET /auth/me`, bare.
 async fn me(State(app): State<App>, Extension(principal): Extension<Principal>) -> Result<axum::Json<Me>, Failure> {
-    let account = account_by_id(app.db.pool(), principal.account)
-        .await?
-        .ok_or_else(|| unauthorized("the account is gone"))?;
+    let account =
+        account_by_id(app.db.pool(), principal.account).await?.ok_or_else(|| unauthorized("the account is gone"))?;
     let tenants = crate::tenants::me_tenants(&app, &principal).await?;
     Ok(axum::Json(Me { user: account.into_user(), customer: None, tenants }))
 }

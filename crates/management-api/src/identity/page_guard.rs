@@ -69,7 +69,12 @@ pub(super) const EXPIRED_COOKIE: HeaderValue =
 ///
 /// # Errors
 /// `forbidden`, saying which proof was missing.
-pub(super) fn check(headers: &HeaderMap, site: &Site, key: &[u8; 32], form_token: &str) -> Result<FormSession, Failure> {
+pub(super) fn check(
+    headers: &HeaderMap,
+    site: &Site,
+    key: &[u8; 32],
+    form_token: &str,
+) -> Result<FormSession, Failure> {
     let single = |name| {
         let mut values = headers.get_all(name).iter();
         match (values.next(), values.next()) {
@@ -142,10 +147,19 @@ mod tests {
     fn every_other_origin_is_refused() {
         let (_, cookie, token) = session();
         for origin in [
-            "", "null", "https://999bc6549a64.example.org:8443", "https://example.org:8443", "https://api.example.org:8443",
-            "http://cloud.example.org:8443", "https://cloud.example.org", "https://cloud.example.org:8444",
-            "https://x.cloud.example.org:8443", "https://cloud.example.org:8443.evil.example",
-            "https://evilcloud.example.org:8443", "https://cloud.example.org:8443/", "https://CLOUD.example.org:8443",
+            "",
+            "null",
+            "https://999bc6549a64.example.org:8443",
+            "https://example.org:8443",
+            "https://api.example.org:8443",
+            "http://cloud.example.org:8443",
+            "https://cloud.example.org",
+            "https://cloud.example.org:8444",
+            "https://x.cloud.example.org:8443",
+            "https://cloud.example.org:8443.evil.example",
+            "https://evilcloud.example.org:8443",
+            "https://cloud.example.org:8443/",
+            "https://CLOUD.example.org:8443",
         ] {
             let headers = headers(&[("origin", origin), ("sec-fetch-site", "same-origin"), ("cookie", &cookie)]);
             assert!(check(&headers, &site(), &KEY, &token).is_err(), "{origin}");
@@ -169,7 +183,8 @@ mod tests {
         let (_, cookie, token) = session();
         let (_, other_cookie, other_token) = session();
         let with = |cookie: &str, token: &str| {
-            let base = [("origin", "https://cloud.example.org:8443"), ("sec-fetch-site", "same-origin"), ("cookie", cookie)];
+            let base =
+                [("origin", "https://cloud.example.org:8443"), ("sec-fetch-site", "same-origin"), ("cookie", cookie)];
             check(&headers(&base), &site(), &KEY, token)
         };
         assert!(with(&cookie, &token).is_ok());

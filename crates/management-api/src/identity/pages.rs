@@ -284,8 +284,11 @@ pub(super) fn too_many_tries(wait: Duration) -> Failure {
 
 #[allow(clippy::needless_pass_by_value, reason = "used as map_err(bad_link)")]
 fn bad_link(problem: impl ToString) -> Failure {
-    Failure::new(ErrorCode::BadRequest, format!("This link does not come from the command line: {}", problem.to_string()))
-        .hint("Start again: systemprompt cloud auth login")
+    Failure::new(
+        ErrorCode::BadRequest,
+        format!("This link does not come from the command line: {}", problem.to_string()),
+    )
+    .hint("Start again: systemprompt cloud auth login")
 }
 
 fn bad_form() -> Failure {

@@ -59,7 +59,8 @@ mod tests {
 
     #[test]
     fn the_loopback_literal_passes_with_any_port() {
-        for good in ["http://127.0.0.1:8765/callback", "http://127.0.0.1:65535/callback", "http://127.0.0.1:1/callback"] {
+        for good in ["http://127.0.0.1:8765/callback", "http://127.0.0.1:65535/callback", "http://127.0.0.1:1/callback"]
+        {
             assert_eq!(good.parse::<LoopbackRedirect>().unwrap().as_str(), good);
         }
         let redirect: LoopbackRedirect = "http://127.0.0.1:8765/callback".parse().unwrap();

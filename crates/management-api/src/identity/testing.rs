@@ -19,12 +19,7 @@ impl TestDatabase {
     }
 
     pub(crate) async fn account(&self, email: &str, role: Role) -> Account {
-        let new = NewAccount {
-            email: email.parse().unwrap(),
-            password: PASSWORD.parse().unwrap(),
-            name: None,
-            role,
-        };
+        let new = NewAccount { email: email.parse().unwrap(), password: PASSWORD.parse().unwrap(), name: None, role };
         create_account(self.db.pool(), new).await.unwrap()
     }
 

@@ -246,7 +246,9 @@ async fn the_setup_page_makes_the_account_and_hands_out_no_token() {
     let response = rig.submit(&form, &[typed[0], typed[1], ("password", "short")]).await;
     assert_eq!(response.status(), StatusCode::BAD_REQUEST);
     let page = text_of(response).await;
-    assert!(page.contains("at least 12 characters") && page.contains("value=\"ada@example.com\"") && !page.contains(&token));
+    assert!(
+        page.contains("at least 12 characters") && page.contains("value=\"ada@example.com\"") && !page.contains(&token)
+    );
 
     let response = rig.submit(&form, &typed).await;
     assert_eq!(response.status(), StatusCode::OK);
@@ -380,8 +382,10 @@ async fn a_code_ends_after_sixty_seconds() {
     let code = rig.code().await;
     let seconds = "SELECT extract(epoch FROM expires_at - created_at)::bigint FROM login_codes";
     assert_eq!(rig.database.count(seconds).await, 60);
-    rig.execute("UPDATE login_codes SET created_at = created_at - interval '61 s', expires_at = expires_at - interval '61 s'")
-        .await;
+    rig.execute(
+        "UPDATE login_codes SET created_at = created_at - interval '61 s', expires_at = expires_at - interval '61 s'",
+    )
+    .await;
     assert_eq!(rig.exchange(&code, VERIFIER, REDIRECT).await, Err(ErrorCode::BadRequest));
 }
 

@@ -19,7 +19,9 @@ pub(crate) enum PrivateFileError {
         #[source]
         source: io::Error,
     },
-    #[error("{path} can be read by others (mode {mode:04o}): it must be 0600; run `chmod 600 {path}`, and replace the secret if others use this machine")]
+    #[error(
+        "{path} can be read by others (mode {mode:04o}): it must be 0600; run `chmod 600 {path}`, and replace the secret if others use this machine"
+    )]
     Exposed { path: PathBuf, mode: u32 },
 }
 
@@ -97,7 +99,9 @@ fn staged(path: &Path, content: &[u8], mode: u32) -> Result<NamedTempFile, Priva
     create_directory(directory_of(path))?;
     let mut file = NamedTempFile::new_in(directory_of(path)).map_err(PrivateFileError::io("write beside", path))?;
     file.write_all(content).map_err(PrivateFileError::io("write", path))?;
-    file.as_file().set_permissions(Permissions::from_mode(mode)).map_err(PrivateFileError::io("set the mode of", path))?;
+    file.as_file()
+        .set_permissions(Permissions::from_mode(mode))
+        .map_err(PrivateFileError::io("set the mode of", path))?;
     file.as_file().sync_all().map_err(PrivateFileError::io("sync", path))?;
     Ok(file)
 }
