@@ -22,7 +22,6 @@ pub struct RegistryToken {
 
 /// `POST /tenants/{id}/deploy`. The existing client sends `image` only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct DeployRequest {
     /// The exact image name.
     pub image: String,

@@ -73,6 +73,12 @@ struct Inner {
 
 const PARALLEL_CHECKS: usize = 2;
 
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registry").finish_non_exhaustive()
+    }
+}
+
 impl Registry {
     /// Opens the store, making the folder if needed.
     ///

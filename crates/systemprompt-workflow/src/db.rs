@@ -1,4 +1,4 @@
-use sqlx::{
+use sqlx::{Row as _, 
     PgPool, PgTransaction,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
@@ -58,8 +58,9 @@ fn pool(max_connections: u32) -> PgPoolOptions {
         .test_before_acquire(false)
         .before_acquire(|connection, _| {
             Box::pin(async move {
-                let outside: bool =
-                    sqlx::query_scalar("SELECT now() = statement_timestamp()").fetch_one(connection).await?;
+                // The simple protocol: in the extended one each message has a statement time of its own.
+                let row = sqlx::raw_sql("SELECT now() = statement_timestamp()").fetch_one(connection).await?;
+                let outside: bool = row.try_get(0)?;
                 if !outside {
                     tracing::error!("a pooled connection was inside a transaction; closed it");
                 }

@@ -25,7 +25,7 @@ pub use db::Db;
 pub use engine::{Engine, EngineConfig};
 pub use queue::{
     CancelOutcome, EnqueueError, Enqueued, NewOperation, StuckOperation, active_for, enqueue, operation,
-    request_cancel, retry_stuck, stuck,
+    release_leases, request_cancel, retry_stuck, stuck,
 };
 pub use retry::Retry;
 pub use step::{Completion, Probe, Step, StepContext, StepDraft, StepError, Workflow};

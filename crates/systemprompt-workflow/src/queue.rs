@@ -158,6 +158,18 @@ pub async fn active_for(executor: impl PgExecutor<'_>, subject: Subject) -> Resu
     Ok(ids.into_iter().map(OperationId::from_uuid).collect())
 }
 
+/// Gives up every lease that `worker` holds, so that its operations are adopted at once.
+///
+/// Only for a caller who knows that no process of that name runs: whatever such a process still wrote would be refused,
+/// since the next claim raises the fence, but its effects outside the database would go on beside the adopter's.
+///
+/// # Errors
+/// Those of the database. Idempotent.
+pub async fn release_leases(db: &Db, worker: &str) -> Result<u64, sqlx::Error> {
+    let released = sqlx::query!("UPDATE operations SET worker = NULL, lease_until = NULL WHERE worker = $1", worker);
+    Ok(released.execute(db.pool()).await?.rows_affected())
+}
+
 /// A parked operation, for operators.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StuckOperation {
