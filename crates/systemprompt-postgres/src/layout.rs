@@ -67,6 +67,7 @@ impl Layout {
             create_directories(parent)?;
             check_owned(parent, owner)?;
         }
+        // It stays when the server stops: sandboxes have it mounted and must find the next server in it.
         match DirBuilder::new().mode(0o700).create(directory) {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => check_owned(directory, owner)?,
             made => made.map_err(PostgresError::io("making", directory))?,

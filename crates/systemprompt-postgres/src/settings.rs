@@ -30,6 +30,7 @@ const BASE: &[(&str, &str)] = &[
     ("port", "5432"),
     // A crash is recovered in a tenth of a second; the default calls fsync on every file first.
     ("recovery_init_sync_method", "syncfs"),
+    ("synchronous_commit", "on"),
     ("shared_buffers", "16MB"),
     ("wal_level", "minimal"),
     ("max_wal_senders", "0"),
@@ -102,7 +103,8 @@ pub(crate) fn arguments(
         Durability::Full => "on",
         Durability::None => "off",
     };
-    for name in ["fsync", "synchronous_commit", "full_page_writes"] {
+    // synchronous_commit stays on: a commit reaches the kernel, and so survives the death of the server.
+    for name in ["fsync", "full_page_writes"] {
         settings.push((name, durable.to_owned()));
     }
     settings.extend(extra.iter().map(|(name, value)| (name.as_str(), value.clone())));
@@ -119,7 +121,7 @@ mod tests {
         let all = arguments(Path::new("/run/x"), Access::ControlPlane, Durability::Full, &extra);
         let position = |text: &str| all.iter().rposition(|argument| argument == text);
         assert!(position("max_connections=7") > position("max_connections=60"));
-        for expected in ["fsync=on", "full_page_writes=on", "synchronous_commit=on", "listen_addresses="] {
+        for expected in ["fsync=on", "full_page_writes=on", "listen_addresses="] {
             assert!(position(expected).is_some(), "{expected}");
         }
     }
