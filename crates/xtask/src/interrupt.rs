@@ -37,7 +37,7 @@ pub(crate) struct Interrupts(Arc<State>);
 #[derive(Default)]
 struct State {
     interrupted: AtomicBool,
-    foreground: Mutex<Option<OwnedFd>>,
+    foreground: Mutex<Vec<(u32, OwnedFd)>>,
     listeners: Mutex<Vec<Box<dyn Fn() + Send>>>,
 }
 
@@ -71,15 +71,15 @@ impl Interrupts {
     /// itself; `kill` and a service manager do not.
     pub(crate) fn foreground(&self, child: &Child) -> std::io::Result<Foreground<'_>> {
         let pidfd = pidfd(child)?;
-        *self.0.foreground.lock().unwrap_or_else(PoisonError::into_inner) = Some(pidfd);
-        Ok(Foreground(&self.0))
+        self.0.foreground.lock().unwrap_or_else(PoisonError::into_inner).push((child.id(), pidfd));
+        Ok(Foreground { state: &self.0, id: child.id() })
     }
 }
 
 impl State {
     fn interrupt(&self) {
         self.interrupted.store(true, Ordering::SeqCst);
-        if let Some(child) = &*self.foreground.lock().unwrap_or_else(PoisonError::into_inner) {
+        for (_, child) in &*self.foreground.lock().unwrap_or_else(PoisonError::into_inner) {
             // It may have ended by itself in this moment: then there is nothing left to tell it.
             let _ = pidfd_send_signal(child, Signal::TERM);
         }
@@ -88,11 +88,14 @@ impl State {
 }
 
 /// While it lives, signals are passed on to the child it was made for.
-pub(crate) struct Foreground<'a>(&'a State);
+pub(crate) struct Foreground<'a> {
+    state: &'a State,
+    id: u32,
+}
 
 impl Drop for Foreground<'_> {
     fn drop(&mut self) {
-        *self.0.foreground.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.state.foreground.lock().unwrap_or_else(PoisonError::into_inner).retain(|(id, _)| *id != self.id);
     }
 }
 

@@ -121,7 +121,8 @@ pub(crate) fn spell(command: &Command) -> String {
     std::iter::once(name).chain(args).collect::<Vec<_>>().join(" ")
 }
 
-fn ended(status: ExitStatus) -> String {
+/// How a program ended, in words.
+pub(crate) fn ended(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt as _;
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("failed with exit code {code}"),

@@ -1,11 +1,14 @@
 //! The command line as a user has it: the `systemprompt` binary in the sample project, with `--json`.
 
-use crate::shell::Shell;
-use anyhow::{Context as _, Result};
+use crate::shell::{Shell, ended, spell};
+use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use std::{
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
+    sync::mpsc,
+    thread,
 };
 
 /// `systemprompt` in one project, against one installation.
@@ -30,6 +33,32 @@ impl Cli {
         last_object(&shell.read_fed(self.command(args).arg("--json"), input)?)
     }
 
+    /// Buys a tenant. The purchase waits for its confirmation, so `confirm` is called with the checkout's id while
+    /// it waits: the same two commands in two terminals of a person who is his own operator.
+    pub(super) fn buy(&self, shell: &Shell, name: &str, confirm: impl FnOnce(&str) -> Result<()>) -> Result<Value> {
+        let mut command = self.command(&["cloud", "tenant", "create", "--no-browser", "--name", name, "--json"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().with_context(|| format!("cannot start `{}`", spell(&command)))?;
+        let _foreground = shell.interrupts.foreground(&child)?;
+        let stderr = child.stderr.take().context("its standard error is a pipe")?;
+        let (announced, checkout) = mpsc::channel();
+        let relay = thread::spawn(move || relay(BufReader::new(stderr), &announced));
+        // Closed without an id: it ended before it came to that, and its own words say why.
+        let confirmed = checkout.recv().map_or(Ok(()), |checkout| confirm(&checkout));
+        if confirmed.is_err() {
+            // It would wait for a confirmation that does not come.
+            child.kill()?;
+        }
+        let output = child.wait_with_output()?;
+        let said = relay.join().unwrap_or_default();
+        shell.interrupts.check()?;
+        confirmed?;
+        if !output.status.success() {
+            bail!("`{}` {}:\n{said}", spell(&command), ended(output.status));
+        }
+        last_object(&String::from_utf8_lossy(&output.stdout))
+    }
+
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command.args(args).current_dir(&self.project).env("SYSTEMPROMPT_CA_FILE", &self.ca_file);
@@ -37,6 +66,24 @@ impl Cli {
         command.env_remove("LD_LIBRARY_PATH");
         command
     }
+}
+
+/// Keeps what the command says and passes on the checkout's id, from the line that tells how to confirm it.
+fn relay(stderr: impl BufRead, announced: &mpsc::Sender<String>) -> String {
+    let mut said = String::new();
+    for line in stderr.lines().map_while(Result::ok) {
+        if let Some(checkout) = checkout_in(&line) {
+            // Said twice, or nobody waits any more: once was enough.
+            let _ = announced.send(checkout.to_owned());
+        }
+        said.push_str(&line);
+        said.push('\n');
+    }
+    said
+}
+
+fn checkout_in(line: &str) -> Option<&str> {
+    line.trim().strip_prefix("systemprompt cloud checkout confirm ").filter(|id| !id.contains(' '))
 }
 
 /// Following commands print one object a line, the others one over several lines: the last counts.
@@ -55,5 +102,40 @@ mod tests {
         assert_eq!(last_object("{\"a\":1}\n{\n \"a\": 2\n}\n").unwrap()["a"], 2);
         assert!(last_object("").is_err());
         assert!(last_object("{\"a\":1}\nDone!").is_err());
+    }
+
+    /// A command line that buys: waits until `confirmed` exists, as the real one waits for the confirmation.
+    fn fake(folder: &Path, script: &str) -> Cli {
+        let program = folder.join("systemprompt");
+        std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        Cli::new(folder, folder, Path::new("ca.pem"))
+    }
+
+    #[test]
+    fn a_purchase_is_confirmed_while_it_waits() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = "echo '  systemprompt cloud checkout confirm abc-1' >&2\n\
+                      while ! [ -e confirmed ]; do sleep 0.02; done\necho '{\"data\":{\"id\":\"t1\"}}'";
+        let cli = fake(folder.path(), script);
+        let shell = Shell::open().unwrap();
+        let bought = cli.buy(&shell, "hello", |checkout| {
+            assert_eq!(checkout, "abc-1");
+            Ok(std::fs::write(folder.path().join("confirmed"), "")?)
+        });
+        assert_eq!(bought.unwrap()["data"]["id"], "t1");
+    }
+
+    #[test]
+    fn a_purchase_that_fails_says_why_and_a_refused_confirmation_ends_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let shell = Shell::open().unwrap();
+        let cli = fake(folder.path(), "echo 'no plans here' >&2; exit 2");
+        let error = cli.buy(&shell, "hello", |_| panic!("there is nothing to confirm")).unwrap_err().to_string();
+        assert!(error.contains("exit code 2") && error.contains("no plans here"), "{error}");
+
+        let waits = "echo 'systemprompt cloud checkout confirm abc' >&2; exec sleep 60";
+        let error = fake(folder.path(), waits).buy(&shell, "hello", |_| bail!("not the operator")).unwrap_err();
+        assert_eq!(error.to_string(), "not the operator");
     }
 }

@@ -75,6 +75,15 @@ pub(crate) struct Tenant {
     pub(crate) is_new: bool,
 }
 
+/// How long a deploy took.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Deployed {
+    /// From the start of the command to its end.
+    pub(crate) wall: Duration,
+    /// Of that, until the image was built.
+    pub(crate) build: Duration,
+}
+
 /// A started cloud. Dropped, it is stopped.
 pub(crate) struct Cloud {
     installation: Installation,
@@ -129,22 +138,17 @@ impl Cloud {
 
     /// Buys a tenant and confirms as the operator; the time is from the confirmation to `awaiting_deploy`.
     pub(crate) fn provision(&self, shell: &Shell, name: &str) -> Result<(Tenant, Duration)> {
-        let bought = self.cli.json(shell, &["cloud", "tenant", "create", "--name", name, "--no-wait"])?;
-        let checkout = text(&bought, "/data/checkout_session_id")?;
-        let confirmed = Instant::now();
-        self.cli.json(shell, &["cloud", "checkout", "confirm", &checkout])?;
-        let created = self.cli.json(shell, &["cloud", "tenant", "create", "--resume", &checkout])?;
+        let mut confirmed = Instant::now();
+        let bought = self.cli.buy(shell, name, |checkout| {
+            confirmed = Instant::now();
+            self.cli.json(shell, &["cloud", "checkout", "confirm", checkout]).map(drop)
+        })?;
         let phase1 = confirmed.elapsed();
-        Ok((self.tenant_by_id(shell, &text(&created, "/data/id")?)?, phase1))
+        Ok((self.tenant_by_id(shell, &text(&bought, "/data/id")?)?, phase1))
     }
 
     fn tenant_by_id(&self, shell: &Shell, id: &str) -> Result<Tenant> {
         tenant_from(&self.cli.json(shell, &["cloud", "tenant", "show", id])?)
-    }
-
-    /// What the command line says of an image it builds and does not push.
-    pub(crate) fn build_image(&self, shell: &Shell, tenant: &Tenant) -> Result<Value> {
-        self.cli.json(shell, &["cloud", "deploy", "--dry-run", "--tenant", &tenant.id])
     }
 
     /// Process id of `management-api`.
@@ -152,11 +156,14 @@ impl Cloud {
         self.server.id()
     }
 
-    /// Deploys the sample project; the answer is the command's wall time.
-    pub(crate) fn deploy(&self, shell: &Shell, tenant: &Tenant) -> Result<Duration> {
+    /// Deploys the sample project.
+    pub(crate) fn deploy(&self, shell: &Shell, tenant: &Tenant) -> Result<Deployed> {
         let started = Instant::now();
-        self.cli.json(shell, &["cloud", "deploy", "--tenant", &tenant.id])?;
-        Ok(started.elapsed())
+        let said = self.cli.json(shell, &["cloud", "deploy", "--tenant", &tenant.id])?;
+        let wall = started.elapsed();
+        let build = said.pointer("/data/build_ms").and_then(Value::as_u64);
+        let build = build.with_context(|| format!("the deploy tells no build_ms: {said}"))?;
+        Ok(Deployed { wall, build: Duration::from_millis(build) })
     }
 
     /// Changes one file of the sample's site.
@@ -218,18 +225,17 @@ impl Cloud {
 }
 
 fn find_tenant(list: &Value, name: &str) -> Result<Option<String>> {
-    let tenants = list.pointer("/data").and_then(Value::as_array).context("the list of tenants is no list")?;
+    let tenants = list.pointer("/data/tenants").and_then(Value::as_array).context("the list of tenants is no list")?;
     let found = tenants.iter().find(|tenant| tenant["name"] == name && tenant["status"] != "failed");
     found.map(|tenant| text(tenant, "/id")).transpose()
 }
 
 fn tenant_from(shown: &Value) -> Result<Tenant> {
     let url = text(shown, "/data/app_url")?;
-    let status = text(shown, "/data/status")?;
     Ok(Tenant {
         id: text(shown, "/data/id")?,
         url: if url.ends_with('/') { url } else { url + "/" },
-        is_new: status == "awaiting_deploy",
+        is_new: shown.pointer("/data/release").is_none_or(Value::is_null),
     })
 }
 
@@ -241,4 +247,37 @@ fn current_database(health: &str) -> Option<String> {
 fn text(value: &Value, pointer: &str) -> Result<String> {
     let found = value.pointer(pointer).and_then(Value::as_str);
     found.map(str::to_owned).with_context(|| format!("the command line's answer has no {pointer}: {value}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_example_s_tenant_is_found_unless_it_failed() {
+        let list = json!({ "data": { "tenants": [
+            { "id": "a", "name": "other", "status": "running" },
+            { "id": "b", "name": "hello", "status": "failed" },
+            { "id": "c", "name": "hello", "status": "running" },
+        ], "total": 3 } });
+        assert_eq!(find_tenant(&list, "hello").unwrap().as_deref(), Some("c"));
+        assert_eq!(find_tenant(&list, "absent").unwrap(), None);
+        assert!(find_tenant(&json!({ "data": [] }), "hello").is_err());
+    }
+
+    #[test]
+    fn a_tenant_without_a_release_is_new() {
+        let shown = |release| json!({ "data": { "id": "a", "app_url": "https://a.z", "release": release } });
+        let new = Tenant { id: "a".into(), url: "https://a.z/".into(), is_new: true };
+        assert_eq!(tenant_from(&shown(json!(null))).unwrap(), new);
+        assert!(!tenant_from(&shown(json!({ "digest": "sha256:1" }))).unwrap().is_new);
+    }
+
+    #[test]
+    fn the_database_is_the_one_the_server_named() {
+        let health = r#"{"status":"healthy","checks":{"database":{"status":"healthy","name":"sp_3f2a91c04b7d"}}}"#;
+        assert_eq!(current_database(health).as_deref(), Some("sp_3f2a91c04b7d"));
+        assert_eq!(current_database(r#"{"checks":{"database":{"name":null}}}"#), None);
+    }
 }

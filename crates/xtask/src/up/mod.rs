@@ -105,7 +105,7 @@ fn serve(shell: &Shell, cloud: &mut Cloud, options: &Options, started: Instant) 
     let tenant = cloud.tenant(shell, &mut timings)?;
     if tenant.is_new {
         eprintln!("deploying the example to {} …", tenant.url);
-        timings.deploy = Some(cloud.deploy(shell, &tenant)?);
+        timings.deploy = Some(cloud.deploy(shell, &tenant)?.wall);
     }
     cloud.verify(shell, &tenant)?;
     timings.total = Some(started.elapsed());
@@ -115,7 +115,7 @@ fn serve(shell: &Shell, cloud: &mut Cloud, options: &Options, started: Instant) 
     }
     eprintln!("deploying again with one changed file …");
     cloud.change_example()?;
-    timings.redeploy = Some(cloud.deploy(shell, &tenant)?);
+    timings.redeploy = Some(cloud.deploy(shell, &tenant)?.wall);
     cloud.verify(shell, &tenant)?;
     Ok(Some(report::last_line(&tenant.url, &timings)))
 }

@@ -311,8 +311,12 @@ mod tests {
     #[test]
     fn ending_by_itself_is_an_error_with_its_last_words() {
         let folder = tempfile::tempdir().unwrap();
-        let script = format!("echo '{READY}'; echo 'out of luck' >&2; exit 4");
-        let error = start(&script, &folder.path().join("log")).unwrap().stay().unwrap_err().to_string();
+        let go = folder.path().join("go");
+        let wait = format!("while ! [ -e {} ]; do sleep 0.02; done", go.display());
+        let script = format!("echo '{READY}'; {wait}; echo 'out of luck' >&2; exit 4");
+        let mut server = start(&script, &folder.path().join("log")).unwrap();
+        fs::write(go, "").unwrap();
+        let error = server.stay().unwrap_err().to_string();
         assert!(error.contains("exit status: 4") && error.contains("out of luck"), "{error}");
     }
 
