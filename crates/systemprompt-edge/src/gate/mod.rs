@@ -1,7 +1,7 @@
 //! The framing gate: stands between TLS and hyper on HTTP/1.1 connections and lets only those bytes
 //! through that can be read in one way.
 //!
-//! A refused message is replaced by a NUL byte, which no HTTP parser accepts: hyper answers what was
+//! What is refused is replaced by a NUL byte, which no HTTP parser accepts: hyper answers what was
 //! asked before, then 400, and closes. Nothing of a refused head reaches routing, and a body that turns
 //! out malformed ends as an aborted request upstream.
 
@@ -23,6 +23,10 @@ use tokio::{
     time::Sleep,
 };
 
+/// Stands in for a refused message. The empty line makes hyper parse a head at once, of which it may
+/// have the beginning already.
+const POISON: &[u8] = b"\0\r\n\r\n";
+
 /// How long, and how many bytes, are read and thrown away after the answer to a refused message, so
 /// that the client reads the answer and not a reset connection.
 const LINGER: Duration = Duration::from_secs(1);
@@ -35,6 +39,8 @@ pub(crate) struct Gate<S> {
     connection: Arc<Connection>,
     /// Bytes that came behind an upgrade request, kept until its answer.
     held: Vec<u8>,
+    /// What is left of [`POISON`] to hand on.
+    poison: &'static [u8],
     linger: Option<Linger>,
 }
 
@@ -45,7 +51,13 @@ struct Linger {
 
 impl<S> Gate<S> {
     pub(crate) fn new(io: S, connection: Arc<Connection>, head_bytes: usize) -> Self {
-        Self { io, framing: Framing::new(head_bytes), connection, held: Vec::new(), linger: None }
+        Self { io, framing: Framing::new(head_bytes), connection, held: Vec::new(), poison: &[], linger: None }
+    }
+
+    fn pour(&mut self, buf: &mut ReadBuf<'_>) {
+        let (now, later) = self.poison.split_at(self.poison.len().min(buf.remaining()));
+        buf.put_slice(now);
+        self.poison = later;
     }
 
     fn judge(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
@@ -64,8 +76,8 @@ impl<S> Gate<S> {
             Step::Refuse(index, refusal) => {
                 tracing::debug!(reason = %refusal, "request refused");
                 buf.set_filled(before + index);
-                // The refused byte itself made room for this one.
-                buf.put_slice(b"\0");
+                self.poison = POISON;
+                self.pour(buf);
             }
         }
         self.connection.inside_head(self.framing.inside_head());
@@ -110,6 +122,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Gate<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.framing.is_refused() {
+            this.pour(buf);
             return Poll::Ready(Ok(()));
         }
         if this.framing.is_waiting() {

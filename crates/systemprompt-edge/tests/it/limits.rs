@@ -1,0 +1,182 @@
+//! Clients and apps that misbehave meet a bound.
+
+use crate::harness::*;
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use std::time::Duration;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+const SHORT: Duration = Duration::from_millis(200);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_head_is_cut() {
+    let a = Server::echo("a").await;
+    let edge = TestEdge::start(&nobody(), [tenant(A, &a.upstream)], |config| config.limits.head_timeout = SHORT).await;
+    let mut stream = edge.tls(Some(A), &[]).await;
+    // A request before it: the time counts for each head anew.
+    stream.write_all(format!("GET / HTTP/1.1\r\nHost: {A}\r\n\r\n").as_bytes()).await.expect("write");
+    assert_eq!(Answer::read(&mut stream).await.expect("answer").status, 200);
+    let drip = async {
+        for byte in format!("GET / HTTP/1.1\r\nHost: {A}\r\nX-Slow: {}", "y".repeat(10_000)).bytes() {
+            if stream.write_all(&[byte]).await.is_err() || stream.flush().await.is_err() {
+                return;
+            }
+            let mut end = [0; 1];
+            if matches!(timeout(Duration::from_millis(5), stream.read(&mut end)).await, Ok(Ok(0) | Err(_))) {
+                return;
+            }
+        }
+        panic!("ten thousand bytes, one after the other, were taken");
+    };
+    timeout(DEADLINE, drip).await.expect("cut in time");
+    assert_eq!(a.take().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endless_head_is_431() {
+    let edge = TestEdge::start(&nobody(), [], |_| {}).await;
+    let mut stream = edge.tls(Some(A), &[]).await;
+    stream.write_all(format!("GET / HTTP/1.1\r\nHost: {A}\r\n").as_bytes()).await.expect("write");
+    let mut sent = 0;
+    while sent < 4 * 1024 * 1024 {
+        if stream.write_all(b"X-Endless: yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy\r\n").await.is_err() {
+            break;
+        }
+        sent += 60;
+        if sent > 64 * 1024 {
+            break;
+        }
+    }
+    assert_eq!(Answer::read(&mut stream).await.expect("answer").status, 431);
+    assert!(is_closed(&mut stream).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_handshake_ends_and_others_are_served_meanwhile() {
+    let a = Server::echo("a").await;
+    let edge = TestEdge::start(&nobody(), [tenant(A, &a.upstream)], |config| {
+        config.limits.handshake_timeout = SHORT;
+        config.limits.handshakes = 4;
+        config.workers = 1;
+    })
+    .await;
+    let mut silent = Vec::new();
+    for _ in 0..8 {
+        silent.push(TcpStream::connect(edge.https).await.expect("connect"));
+    }
+    assert_eq!(edge.get(A, "/", "").await.status, 200);
+    for mut stream in silent {
+        assert!(is_closed(&mut stream).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_connections_close() {
+    let edge = TestEdge::start(&nobody(), [], |config| config.limits.idle = SHORT).await;
+    let mut over_h1 = edge.tls(Some(A), &[]).await;
+    assert!(is_closed(&mut over_h1).await, "h1");
+    let h2 = edge.h2(Some(A)).await;
+    eventually("h2 closes", || h2.is_closed()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_nothing_is_cut() {
+    let server = Server::tcp(|_| async { Response::new(full(vec![0; 32 * 1024 * 1024])) }).await;
+    let edge =
+        TestEdge::start(&nobody(), [tenant(A, &server.upstream)], |config| config.limits.write_stall = SHORT).await;
+    let mut stream = edge.tls(Some(A), &[]).await;
+    stream.write_all(format!("GET / HTTP/1.1\r\nHost: {A}\r\n\r\n").as_bytes()).await.expect("write");
+    eventually("the claim", || edge.handle.in_flight(&server.upstream) == 1).await;
+    eventually("the claim ends", || edge.handle.in_flight(&server.upstream) == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_beyond_the_limit_is_413() {
+    let (a, platform) = (Server::echo("a").await, Server::echo("platform").await);
+    let edge =
+        TestEdge::start(&platform.upstream, [tenant(A, &a.upstream)], |config| config.limits.body_bytes = 10).await;
+    let post = |name: &str, path: &str, framing: &str, body: &str| {
+        format!("POST {path} HTTP/1.1\r\nHost: {name}\r\n{framing}\r\n\r\n{body}")
+    };
+    let announced = "Content-Length: 11";
+    let chunked = "Transfer-Encoding: chunked";
+    let registry = "registry.systemprompt.localhost";
+    for (name, path, framing, body, expected) in [
+        (A, "/", announced, "01234567890", 413),
+        (A, "/", chunked, "b\r\n01234567890\r\n0\r\n\r\n", 413),
+        (A, "/", "Content-Length: 10", "0123456789", 200),
+        (registry, "/api/v1/x", announced, "01234567890", 413),
+        (registry, "/v2/x/blobs/uploads/", announced, "01234567890", 200),
+    ] {
+        let answer = edge.raw(Some(name), post(name, path, framing, body).as_bytes()).await;
+        assert_eq!(answer.status, expected, "{name} {path} {framing}");
+    }
+    assert_eq!(a.take().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_trickles_is_408() {
+    let a = Server::echo("a").await;
+    let edge = TestEdge::start(&nobody(), [tenant(A, &a.upstream)], |config| config.limits.body_grace = SHORT).await;
+    let mut stream = edge.tls(Some(A), &[]).await;
+    let head = format!("POST / HTTP/1.1\r\nHost: {A}\r\nContent-Length: 100\r\n\r\nfirst");
+    stream.write_all(head.as_bytes()).await.expect("write");
+    assert_eq!(Answer::read(&mut stream).await.expect("answer").status, 408);
+    assert_eq!(a.take(), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_does_not_begin_is_504() {
+    let server = Server::tcp(|_| std::future::pending()).await;
+    let edge =
+        TestEdge::start(&nobody(), [tenant(A, &server.upstream)], |config| config.limits.response_timeout = SHORT)
+            .await;
+    let answer = edge.get(A, "/", "").await;
+    assert_eq!((answer.status, answer.header("x-systemprompt-error")), (504, "app_timeout"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_does_not_speak_http_is_502() {
+    for answer in [&b""[..], b"hello\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx"] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let upstream = systemprompt_edge::Upstream::Tcp(listener.local_addr().expect("address"));
+        let server = tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.expect("accept");
+                let mut bytes = [0; 1024];
+                let _ = stream.read(&mut bytes).await;
+                let _ = stream.write_all(answer).await;
+            }
+        });
+        let edge = TestEdge::start(&nobody(), [tenant(A, &upstream)], |_| {}).await;
+        let got = edge.get(A, "/", "").await;
+        assert_eq!((got.status, got.header("x-systemprompt-error")), (502, "app_unreachable"), "{answer:?}");
+        server.abort();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_stream_of_the_app_is_not_idle() {
+    // Longer silent than every limit on the client's side.
+    let server = Server::tcp(|_: Request<Incoming>| async {
+        tokio::time::sleep(SHORT * 3).await;
+        Response::new(full("slow"))
+    })
+    .await;
+    let edge = TestEdge::start(&nobody(), [tenant(A, &server.upstream)], |config| {
+        config.limits.idle = SHORT;
+        config.limits.head_timeout = SHORT;
+        config.limits.write_stall = SHORT;
+    })
+    .await;
+    assert_eq!(edge.get(A, "/", "").await.text(), "slow");
+    let ask = Request::post(format!("https://{A}/")).body(Full::new(Bytes::from("x"))).expect("request");
+    let body = edge.h2(Some(A)).await.send_request(ask).await.expect("h2").into_body();
+    assert_eq!(body.collect().await.expect("body").to_bytes(), "slow");
+}
