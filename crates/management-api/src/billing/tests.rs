@@ -5,7 +5,7 @@ use super::{
     *,
 };
 use crate::{
-    identity::{Account, Principal, Role, testing::TestDatabase},
+    identity::{Principal, Role, testing::TestDatabase},
     seal::Sealer,
 };
 use axum::{
@@ -18,14 +18,14 @@ use axum::{
 use chrono::{DateTime, TimeDelta, Utc};
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
-use systemprompt_contract::{CheckoutCreated, CheckoutId, CheckoutState, Data, ErrorBody, ErrorCode, EventId, Subject};
+use systemprompt_contract::{AccountId, CheckoutCreated, CheckoutId, CheckoutState, Data, ErrorBody, ErrorCode, EventId, Subject};
 use systemprompt_workflow::events;
 use tower::ServiceExt as _;
 
 struct Rig {
     database: TestDatabase,
     billing: Billing,
-    member: Account,
+    member: AccountId,
 }
 
 impl Rig {
@@ -37,17 +37,17 @@ impl Rig {
             plans: default_plans(),
             inbox: Inbox::new(database.db.clone(), &Sealer::ephemeral()),
         };
-        let member = database.account("ada.lovelace@example.com", Role::Member).await;
+        let member = database.account("ada.lovelace@example.com", Role::Member).await.id;
         Self { database, billing, member }
     }
 
     async fn operator(&self) -> Principal {
         let account = self.database.account("operator@example.com", Role::Operator).await;
-        self.database.principal(&account).await
+        self.database.principal(account.id).await
     }
 
     async fn member(&self) -> Principal {
-        self.database.principal(&self.member).await
+        self.database.principal(self.member).await
     }
 
     /// Sends a request as the access check lets it through: with a principal, and the checkout its path names.
@@ -167,7 +167,7 @@ async fn plans_are_a_bare_array_and_a_checkout_has_the_existing_clients_shape() 
     assert_eq!(state.data.status, "open");
     assert_eq!(state.data.tenant_name, "ada.lovelace", "named after the buyer's address");
     assert_eq!(state.data.tenant_id, None);
-    assert_eq!(buyer(rig.database.db.pool(), id).await.unwrap(), Some(rig.member.id));
+    assert_eq!(buyer(rig.database.db.pool(), id).await.unwrap(), Some(rig.member));
     assert_eq!(buyer(rig.database.db.pool(), CheckoutId::new()).await.unwrap(), None);
 }
 
@@ -223,7 +223,7 @@ async fn a_confirmation_enqueues_one_provision_however_often_it_comes() {
         sqlx::query_scalar("SELECT input FROM operations").fetch_one(rig.database.db.pool()).await.unwrap();
     assert_eq!(
         input,
-        json!({ "tenant": tenant, "checkout": id, "account": rig.member.id, "name": "ada.lovelace", "region": "fra",
+        json!({ "tenant": tenant, "checkout": id, "account": rig.member, "name": "ada.lovelace", "region": "fra",
                 "memory_mb": 512, "volume_gb": 1 })
     );
     for (subject, checkout) in [(Subject::Checkout(id), json!(id)), (Subject::Tenant(tenant), Value::Null)] {

@@ -90,19 +90,24 @@ impl From<sqlx::Error> for Failure {
             sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => {
                 Self::unavailable(&error)
             }
-            // 57P: shutting down or starting; 08: connection; 53100: disk full; 53300: too many connections.
             sqlx::Error::Database(database) => match database.code().as_deref() {
                 Some("53100") => {
                     Self::new(ErrorCode::InsufficientStorage, "the platform's disk is full; nothing was lost")
                 }
-                Some(code) if code.starts_with("57P") || code.starts_with("08") || code == "53300" => {
-                    Self::unavailable(&error)
-                }
+                Some(code) if is_passing(code) => Self::unavailable(&error),
                 _ => Self::internal(&error),
             },
             _ => Self::internal(&error),
         }
     }
+}
+
+/// SQLSTATEs that go away by themselves: connection trouble, a server that starts or stops, too many connections, a
+/// lock or a statement that took too long, and transactions that lost to another.
+fn is_passing(sqlstate: &str) -> bool {
+    matches!(sqlstate, "53300" | "55P03" | "57014" | "40001" | "40P01")
+        || sqlstate.starts_with("08")
+        || sqlstate.starts_with("57P")
 }
 
 impl IntoResponse for Failure {
@@ -258,6 +263,16 @@ mod tests {
         let body = response.into_body().collect().await.unwrap().to_bytes();
         assert!(!String::from_utf8(body.to_vec()).unwrap().contains("secret detail"));
         assert_eq!(Failure::from(sqlx::Error::PoolTimedOut).0.code, ErrorCode::Unavailable);
+    }
+
+    #[test]
+    fn what_passes_by_itself_is_worth_another_try() {
+        for passing in ["08006", "57P01", "57P03", "53300", "55P03", "57014", "40P01"] {
+            assert!(is_passing(passing), "{passing}");
+        }
+        for lasting in ["23505", "42P01", "22001", "53100", "XX000"] {
+            assert!(!is_passing(lasting), "{lasting}");
+        }
     }
 
     #[tokio::test]

@@ -43,13 +43,6 @@ impl Markup {
         self
     }
 
-    /// Appends other markup.
-    #[must_use]
-    pub(crate) fn with(mut self, other: &Self) -> Self {
-        self.0.push_str(&other.0);
-        self
-    }
-
     /// `<p>` around one sentence.
     #[must_use]
     pub(crate) fn paragraph(self, text: &str) -> Self {

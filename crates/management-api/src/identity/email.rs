@@ -16,11 +16,6 @@ impl Email {
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
-
-    /// The part before the `@`.
-    pub(crate) fn local_part(&self) -> &str {
-        self.0.split_once('@').map_or(self.0.as_str(), |(local, _)| local)
-    }
 }
 
 impl FromStr for Email {
@@ -58,7 +53,6 @@ mod tests {
     fn an_address_has_one_spelling() {
         let email: Email = " Ada.Lovelace+x@Example.COM ".parse().unwrap();
         assert_eq!(email.as_str(), "ada.lovelace+x@example.com");
-        assert_eq!(email.local_part(), "ada.lovelace+x");
         assert!("a@localhost".parse::<Email>().is_ok());
     }
 

@@ -21,13 +21,11 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use accounts::{Account, AccountError, NewAccount, Role, account_by_id, create_account};
-pub(crate) use email::Email;
+pub(crate) use accounts::{AccountError, NewAccount, Role, account_by_id, create_account};
 pub(crate) use limits::Limits;
-pub(crate) use password::Password;
 pub(crate) use redirect::LoopbackRedirect;
 pub(crate) use setup::ensure_setup_token;
-pub(crate) use tokens::{Principal, TokenId, issue_token};
+pub(crate) use tokens::Principal;
 
 use crate::{
     app::{App, Site},
@@ -97,7 +95,7 @@ pub(crate) async fn principal(app: &App, headers: &HeaderMap) -> Result<Principa
 ///
 /// # Errors
 /// When the address is taken; not idempotent.
-pub(crate) async fn create_signed_in(db: &Db, new: NewAccount) -> Result<SignedIn, AccountError> {
+pub(crate) async fn create_signed_in(db: &Db, new: NewAccount) -> Result<SignedIn, accounts::AccountError> {
     let account = create_account(db.pool(), new).await?;
     Ok(tokens::sign_in(db.pool(), account, "created by the operator").await?)
 }

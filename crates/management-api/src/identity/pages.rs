@@ -131,7 +131,7 @@ async fn try_login(
             tracing::info!(account.id = %account, "signed in");
             Ok(redirect(&authorization.with_code(&code)))
         }
-        Err(Failure(error)) if matches!(error.code, ErrorCode::Unauthorized | ErrorCode::RateLimited) => {
+        Err(Failure(error)) if matches!(error.code, ErrorCode::Forbidden | ErrorCode::RateLimited) => {
             let form_token = session.form_token(&identity.form_key);
             let page = login_page(&authorization, &form_token, &form.email, Some(&error.message)).status(error.code);
             Ok(with_cookie(page, &session.cookie()))
@@ -157,7 +157,8 @@ async fn signed_in_account(identity: &Identity, email: &str, password: Secret) -
             identity.limits.forgive(limited_as);
             Ok(account)
         }
-        None => Err(Failure::new(ErrorCode::Unauthorized, "The address or the password is not right.")),
+        // Not 401: that would have to name a scheme (RFC 9110, 11.6.1), and a form has none.
+        None => Err(Failure::new(ErrorCode::Forbidden, "The address or the password is not right.")),
     }
 }
 

@@ -1,6 +1,7 @@
 //! A control plane's database for tests of this crate, and accounts in it.
 
-use super::{Account, NewAccount, Principal, Role, create_account, issue_token, tokens};
+use super::{NewAccount, Principal, Role, accounts::Account, create_account, tokens};
+use systemprompt_contract::AccountId;
 use systemprompt_postgres::testing::TestCluster;
 use systemprompt_workflow::Db;
 
@@ -24,9 +25,9 @@ impl TestDatabase {
     }
 
     /// Somebody who comes with a token of `account`.
-    pub(crate) async fn principal(&self, account: &Account) -> Principal {
+    pub(crate) async fn principal(&self, account: AccountId) -> Principal {
         let mut connection = self.db.pool().acquire().await.unwrap();
-        let (token, _, _) = issue_token(&mut connection, account.id, "test").await.unwrap();
+        let (token, _, _) = tokens::issue_token(&mut connection, account, "test").await.unwrap();
         tokens::authenticate(self.db.pool(), token.expose()).await.unwrap().unwrap()
     }
 

@@ -1,8 +1,10 @@
 //! Sign-in on a real database, through the handlers.
 
 use super::{
+    accounts::AccountError,
     codes::Challenge,
     testing::{PASSWORD, TestDatabase},
+    tokens::issue_token,
     *,
 };
 use axum::{
@@ -285,7 +287,7 @@ async fn a_wrong_password_and_an_unknown_address_look_the_same() {
         ("ada@example.com", ""),
     ] {
         let response = rig.sign_in(email, password).await;
-        assert_eq!(response.status(), StatusCode::UNAUTHORIZED, "{email}");
+        assert_eq!(response.status(), StatusCode::FORBIDDEN, "{email}");
         assert!(!response.headers().contains_key(header::LOCATION));
         let page = text_of(response).await;
         assert!(!page.contains("battery"), "the password is not sent back");
@@ -305,7 +307,7 @@ async fn tries_run_out_and_the_right_password_no_longer_helps() {
         statuses.push(rig.sign_in("ada@example.com", "wrong horse battery").await.status());
     }
     assert_eq!(statuses.pop(), Some(StatusCode::TOO_MANY_REQUESTS));
-    assert!(statuses.iter().all(|status| *status == StatusCode::UNAUTHORIZED));
+    assert!(statuses.iter().all(|status| *status == StatusCode::FORBIDDEN));
     let response = rig.sign_in("ADA@example.com", PASSWORD).await;
     assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
     assert!(text_of(response).await.contains("Too many tries"));
