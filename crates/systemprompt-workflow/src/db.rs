@@ -1,5 +1,5 @@
-use sqlx::{Row as _, 
-    PgPool, PgTransaction,
+use sqlx::{
+    PgPool, PgTransaction, Row as _,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use std::time::Duration;

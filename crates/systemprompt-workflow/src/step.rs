@@ -160,7 +160,7 @@ impl From<sqlx::Error> for StepError {
     }
 }
 
-type Act<W> = Arc<
+pub(crate) type Act<W> = Arc<
     dyn Fn(
             StepContext<W>,
             <W as Workflow>::State,
@@ -168,7 +168,7 @@ type Act<W> = Arc<
         + Send
         + Sync,
 >;
-type Look<W> = Arc<
+pub(crate) type Look<W> = Arc<
     dyn Fn(
             StepContext<W>,
             <W as Workflow>::State,
