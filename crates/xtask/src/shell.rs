@@ -53,24 +53,26 @@ impl Shell {
         if status.success() { Ok(()) } else { bail!("`{}` {}", spell(command), ended(status)) }
     }
 
-    /// Runs and takes its standard output; its standard error stays visible.
-    pub(crate) fn read(&self, command: &mut Command) -> Result<String> {
-        self.feed(command.stdin(Stdio::null()).stderr(Stdio::inherit()), None)
-    }
-
     /// Runs quietly: standard error is shown only in the error.
     pub(crate) fn read_quiet(&self, command: &mut Command) -> Result<String> {
-        self.feed(command.stdin(Stdio::null()).stderr(Stdio::piped()), None)
+        self.feed(command.stderr(Stdio::piped()), None)
     }
 
     /// Runs quietly with `input` as its standard input, which no process list shows.
     pub(crate) fn read_fed(&self, command: &mut Command, input: &str) -> Result<String> {
-        self.feed(command.stdin(Stdio::piped()).stderr(Stdio::piped()), Some(input))
+        self.feed(command.stderr(Stdio::piped()), Some(input))
+    }
+
+    /// Runs to its end, well or not, and takes its standard output; `input` is its standard input.
+    pub(crate) fn answer(&self, command: &mut Command, input: Option<&str>) -> Result<Output> {
+        command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
+        let output = self.output(command.stdout(Stdio::piped()), input)?;
+        self.interrupts.check()?;
+        Ok(output)
     }
 
     fn feed(&self, command: &mut Command, input: Option<&str>) -> Result<String> {
-        let output = self.output(command.stdout(Stdio::piped()), input)?;
-        self.interrupts.check()?;
+        let output = self.answer(command, input)?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
             let colon = if said.trim().is_empty() { "" } else { ":\n" };

@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::{
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
     sync::mpsc,
     thread,
 };
@@ -23,14 +23,21 @@ impl Cli {
         Self { program: programs.join("systemprompt"), project: project.to_owned(), ca_file: ca_file.to_owned() }
     }
 
-    /// The last JSON object it prints; its progress stays visible.
+    /// The JSON it answers; its progress stays visible.
     pub(super) fn json(&self, shell: &Shell, args: &[&str]) -> Result<Value> {
-        last_object(&shell.read(self.command(args).arg("--json"))?)
+        self.answer(shell, args, None)
     }
 
-    /// The same with `input` on standard input.
+    /// The same with `input` on standard input, and without a word to the terminal.
     pub(super) fn json_fed(&self, shell: &Shell, args: &[&str], input: &str) -> Result<Value> {
-        last_object(&shell.read_fed(self.command(args).arg("--json"), input)?)
+        self.answer(shell, args, Some(input))
+    }
+
+    fn answer(&self, shell: &Shell, args: &[&str], input: Option<&str>) -> Result<Value> {
+        let mut command = self.command(args);
+        command.arg("--json").stderr(if input.is_some() { Stdio::piped() } else { Stdio::inherit() });
+        let output = shell.answer(&mut command, input)?;
+        judge(&command, &output)
     }
 
     /// Buys a tenant. The purchase waits for its confirmation, so `confirm` is called with the checkout's id while
@@ -53,10 +60,7 @@ impl Cli {
         let said = relay.join().unwrap_or_default();
         shell.interrupts.check()?;
         confirmed?;
-        if !output.status.success() {
-            bail!("`{}` {}:\n{said}", spell(&command), ended(output.status));
-        }
-        last_object(&String::from_utf8_lossy(&output.stdout))
+        judge(&command, &output).with_context(|| said)
     }
 
     fn command(&self, args: &[&str]) -> Command {
@@ -84,6 +88,22 @@ fn relay(stderr: impl BufRead, announced: &mpsc::Sender<String>) -> String {
 
 fn checkout_in(line: &str) -> Option<&str> {
     line.trim().strip_prefix("systemprompt cloud checkout confirm ").filter(|id| !id.contains(' '))
+}
+
+/// What it answered, or why it failed in its own words: `{"error": {message, hint, logs}}`.
+fn judge(command: &Command, output: &Output) -> Result<Value> {
+    let answer = last_object(&String::from_utf8_lossy(&output.stdout));
+    if output.status.success() {
+        return answer;
+    }
+    let mut why = format!("`{}` {}", spell(command), ended(output.status));
+    if let Some(error) = answer.ok().and_then(|mut answer| answer.get_mut("error").map(Value::take)) {
+        let lines = error["logs"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let lines = lines.map(|line| format!("  | {line}"));
+        let rest = ["message", "hint"].into_iter().filter_map(|name| error[name].as_str().map(str::to_owned));
+        why = lines.chain(rest).fold(why + ":", |why, line| why + "\n" + &line);
+    }
+    bail!(why)
 }
 
 /// Following commands print one object a line, the others one over several lines: the last counts.
@@ -131,11 +151,24 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let shell = Shell::open().unwrap();
         let cli = fake(folder.path(), "echo 'no plans here' >&2; exit 2");
-        let error = cli.buy(&shell, "hello", |_| panic!("there is nothing to confirm")).unwrap_err().to_string();
+        let error = cli.buy(&shell, "hello", |_| panic!("there is nothing to confirm")).unwrap_err();
+        let error = format!("{error:#}");
         assert!(error.contains("exit code 2") && error.contains("no plans here"), "{error}");
 
         let waits = "echo 'systemprompt cloud checkout confirm abc' >&2; exec sleep 60";
         let error = fake(folder.path(), waits).buy(&shell, "hello", |_| bail!("not the operator")).unwrap_err();
         assert_eq!(error.to_string(), "not the operator");
+    }
+
+    #[test]
+    fn a_failure_is_told_in_the_command_line_s_own_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let error =
+            r#"{"error":{"code":"app_crashed","message":"the app ended","hint":"read its log","logs":["boom"]}}"#;
+        let cli = fake(folder.path(), &format!("echo '{error}'; exit 1"));
+        let error = cli.json(&Shell::open().unwrap(), &["cloud", "deploy"]).unwrap_err().to_string();
+        let expected =
+            "`systemprompt cloud deploy --json` failed with exit code 1:\n  | boom\nthe app ended\nread its log";
+        assert_eq!(error, expected);
     }
 }
