@@ -139,7 +139,10 @@ sp1	0000E70A	00000000	0001	0	0	0	FCFFFFFF	0	0	0
     #[test]
     fn a_slot_in_use_by_anybody_is_not_given() {
         let routes = parse_routes(ROUTES);
-        assert_eq!(routes.iter().map(ToString::to_string).collect::<Vec<_>>(), ["0.0.0.0/0", "192.0.2.0/24", "10.231.0.0/30"]);
+        assert_eq!(
+            routes.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["0.0.0.0/0", "192.0.2.0/24", "10.231.0.0/30"]
+        );
         assert_eq!(default_device(ROUTES).as_deref(), Some("eth0"));
         let pool = network("10.231.0.0/28");
         assert_eq!(pool.free_slot(None, &[], &routes), Some(1), "slot 0 is routed, the default route is no obstacle");
@@ -152,7 +155,10 @@ sp1	0000E70A	00000000	0001	0	0	0	FCFFFFFF	0	0	0
     #[test]
     fn the_two_ends_are_the_usable_addresses() {
         let link = network("10.231.0.0/16").slot(16383);
-        assert_eq!((link.host().to_string(), link.instance().to_string()), ("10.231.255.253".into(), "10.231.255.254".into()));
+        assert_eq!(
+            (link.host().to_string(), link.instance().to_string()),
+            ("10.231.255.253".into(), "10.231.255.254".into())
+        );
         assert_eq!(link.network().to_string(), "10.231.255.252/30");
     }
 }

@@ -44,15 +44,16 @@ impl Cgroups {
         let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
         let mut hierarchies = Vec::new();
         for mount in parse_mounts(&mounts) {
-            hierarchies.extend(mount.prepare(group, &hierarchies));
-        }
-        if !hierarchies.iter().any(|hierarchy| hierarchy.memory) {
-            for hierarchy in &hierarchies {
-                let _ = fs::remove_dir(&hierarchy.directory);
+            if let Some(hierarchy) = mount.offer(group, &hierarchies)
+                && hierarchy.prepare().is_ok()
+            {
+                hierarchies.push(hierarchy);
             }
-            return None;
         }
-        Some(Self { hierarchies })
+        let found = Self { hierarchies };
+        // Made again with the first instance: what never ran leaves nothing behind.
+        found.remove_installation();
+        found.hierarchies.iter().any(|hierarchy| hierarchy.memory).then_some(found)
     }
 
     /// Makes an instance's groups anew, so that their counters start at zero, and sets the limits. Returns the
@@ -61,8 +62,9 @@ impl Cgroups {
         self.remove(name)?;
         let mut entrances = Vec::new();
         for hierarchy in &self.hierarchies {
+            hierarchy.prepare()?;
             let directory = hierarchy.directory.join(name);
-            fs::create_dir_all(&directory)?;
+            fs::create_dir(&directory)?;
             if hierarchy.memory {
                 hierarchy.limit_memory(&directory, limits.memory_bytes)?;
             }
@@ -99,6 +101,20 @@ impl Cgroups {
 }
 
 impl Hierarchy {
+    /// Makes the installation's group and lets it hand its controllers down.
+    fn prepare(&self) -> io::Result<()> {
+        let enable = |directory: &Path| match self.version {
+            Version::One => Ok(()),
+            Version::Two => enable(directory, self.memory, self.pids),
+        };
+        self.directory.parent().map_or(Ok(()), enable)?;
+        match fs::create_dir(&self.directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        enable(&self.directory)
+    }
+
     fn limit_memory(&self, directory: &Path, bytes: u64) -> io::Result<()> {
         match self.version {
             Version::One => {
@@ -126,8 +142,8 @@ struct Mount {
 }
 
 impl Mount {
-    /// Makes the installation's group here, when it adds a controller that is still missing.
-    fn prepare(self, group: &str, have: &[Hierarchy]) -> Option<Hierarchy> {
+    /// What this mount adds to the controllers that others have.
+    fn offer(self, group: &str, have: &[Hierarchy]) -> Option<Hierarchy> {
         let controllers = match self.version {
             Version::One => self.controllers,
             Version::Two => words(&fs::read_to_string(self.point.join("cgroup.controllers")).ok()?),
@@ -135,20 +151,9 @@ impl Mount {
         let wants = |name: &str, taken: fn(&Hierarchy) -> bool| {
             controllers.iter().any(|controller| controller == name) && !have.iter().any(taken)
         };
-        let (memory, pids) = (wants("memory", |h| h.memory), wants("pids", |h| h.pids));
-        if !memory && !pids {
-            return None;
-        }
+        let (memory, pids) = (wants("memory", |have| have.memory), wants("pids", |have| have.pids));
         let directory = self.point.join(group);
-        if self.version == Version::Two {
-            enable(&self.point, memory, pids).ok()?;
-        }
-        fs::create_dir_all(&directory).ok()?;
-        if self.version == Version::Two && enable(&directory, memory, pids).is_err() {
-            let _ = fs::remove_dir(&directory);
-            return None;
-        }
-        Some(Hierarchy { directory, version: self.version, memory, pids })
+        (memory || pids).then_some(Hierarchy { directory, version: self.version, memory, pids })
     }
 }
 

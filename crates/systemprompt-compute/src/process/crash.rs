@@ -1,8 +1,29 @@
 //! Places where a test makes the process die, as `kill -9` would at the worst moment.
 
+/// All of them, in the order in which a launch passes them. Those of the launcher end the launcher, which is a process
+/// of its own, and not the driver.
+#[cfg(any(feature = "testing", debug_assertions))]
+pub(crate) const POINTS: [&str; 14] = [
+    "compute.launch.locked",
+    "compute.launch.recorded",
+    "compute.launch.firewall",
+    "compute.launch.namespace",
+    "compute.launch.network",
+    "compute.launch.unpacking",
+    "compute.launch.image",
+    "compute.launch.cgroup",
+    "compute.launch.spawned",
+    "compute.launch.ordered",
+    "compute.launcher.locked",
+    "compute.launcher.header",
+    "compute.launcher.cgroup",
+    "compute.launcher.limited",
+];
+
 /// Aborts when `SYSTEMPROMPT_CRASH_POINT` names this point. Exists in debug builds only.
 #[cfg(debug_assertions)]
 pub(crate) fn point(name: &str) {
+    debug_assert!(POINTS.contains(&name), "{name} is missing in the list");
     if std::env::var("SYSTEMPROMPT_CRASH_POINT").is_ok_and(|wanted| wanted == name) {
         std::process::abort();
     }

@@ -5,18 +5,20 @@
 //! is ever opened for writing that exists already. Owners, set-id bits, write permissions, times and extended
 //! attributes are not taken over: everything belongs to us and everybody may read it.
 
-use super::tar::{self, Entry, EntryKind, TarError};
+use super::tar::{self, Entry, EntryKind, TarError, is_archive_error};
+use crate::DriverError;
 use rustix::{
     fs::{
-        AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, chmodat, fchmod, linkat, mkdirat, openat2, statat, symlinkat, unlinkat,
+        AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, chmodat, fchmod, linkat, mkdirat, openat2, statat,
+        symlinkat, unlinkat,
     },
     io::Errno,
 };
 use std::{
     collections::HashSet,
     ffi::OsStr,
-    hash::{BuildHasher, RandomState},
     fs::File,
+    hash::{BuildHasher, RandomState},
     io::{self, Read},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -58,16 +60,18 @@ pub(crate) enum ExtractError {
     Write { path: String, source: io::Error },
 }
 
-impl ExtractError {
-    /// Whether the image is at fault, and not this host.
-    pub(crate) fn is_image(&self) -> bool {
-        match self {
-            Self::Tar(error) => error.is_archive(),
-            Self::Refused { .. } | Self::TooLarge { .. } => true,
-            Self::Write { .. } => false,
+impl From<ExtractError> for DriverError {
+    fn from(error: ExtractError) -> Self {
+        match error {
+            ExtractError::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => source.into(),
+            ExtractError::Tar(TarError::Read(source)) if !is_archive_error(&source) => source.into(),
+            ExtractError::Write { .. } => Self::Transient(format!("the image could not be unpacked: {error}")),
+            error => Self::Rejected(error.to_string()),
         }
     }
+}
 
+impl ExtractError {
     fn refused(what: &'static str, path: &Path) -> Self {
         Self::Refused { what, path: path.to_string_lossy().chars().take(200).collect() }
     }
@@ -341,10 +345,10 @@ fn names(directory: &OwnedFd) -> rustix::io::Result<Vec<std::ffi::OsString>> {
 
 /// Running out of disk is this host's fault; a layer that breaks off is the layer's.
 fn copy_error(path: &Path, source: io::Error) -> ExtractError {
-    match TarError::Read(source) {
-        error if error.is_archive() => error.into(),
-        TarError::Read(source) => ExtractError::Write { path: path.to_string_lossy().into_owned(), source },
-        error @ TarError::Malformed(_) => error.into(),
+    if is_archive_error(&source) {
+        TarError::Read(source).into()
+    } else {
+        ExtractError::Write { path: path.to_string_lossy().into_owned(), source }
     }
 }
 

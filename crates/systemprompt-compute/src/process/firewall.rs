@@ -128,7 +128,9 @@ impl Firewall {
         }
         let chains: Vec<_> = chains.into_iter().filter(|chain| saved.contains(&format!("\n:{chain} "))).collect();
         for action in ["-F", "-X"] {
-            chains.iter().for_each(|chain| line(&mut text, &format!("{action} {chain}")));
+            for chain in &chains {
+                line(&mut text, &format!("{action} {chain}"));
+            }
         }
         if text.is_empty() { text } else { format!("*{table}\n{text}COMMIT\n") }
     }

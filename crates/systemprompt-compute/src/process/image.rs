@@ -5,7 +5,7 @@
 //! that was synced meanwhile is believed; any other is unpacked again.
 
 use super::{
-    extract::{Caps, ExtractError, Extractor, MountPoint},
+    extract::{Caps, Extractor, MountPoint},
     host::boot_id,
     layout::{Layout, read_record, write_record},
     lock::FileLock,
@@ -37,17 +37,17 @@ pub(crate) fn ensure(
     mount_points: &[(PathBuf, MountPoint)],
     caps: Caps,
 ) -> Result<PathBuf, DriverError> {
-    let _lock = FileLock::exclusive(&layout.images_lock()).map_err(io_error)?;
+    let _lock = FileLock::exclusive(&layout.images_lock())?;
     let directory = layout.image(&image.digest);
-    if !is_whole(&directory).map_err(io_error)? {
-        layout.discard(&directory).map_err(io_error)?;
+    if !is_whole(&directory)? {
+        layout.discard(&directory)?;
         unpack(layout, image, &directory, caps)?;
     }
     let root = directory.join("root");
     // Here and not while unpacking: what is mounted may change from one start of the driver to the next.
-    let mut extractor = Extractor::new(&root, caps).map_err(io_error)?;
+    let mut extractor = Extractor::new(&root, caps)?;
     for (path, kind) in mount_points {
-        extractor.mount_point(path, *kind).map_err(extract_error)?;
+        extractor.mount_point(path, *kind)?;
     }
     Ok(root)
 }
@@ -91,17 +91,17 @@ fn is_whole(directory: &Path) -> io::Result<bool> {
 
 fn unpack(layout: &Layout, image: &StoredImage, directory: &Path, caps: Caps) -> Result<(), DriverError> {
     // Under `images`, so that an unpacking that was cut short is collected like any image without instance.
-    let work = tempfile::Builder::new().prefix("unpacking-").tempdir_in(layout.images()).map_err(io_error)?;
+    let work = tempfile::Builder::new().prefix("unpacking-").tempdir_in(layout.images())?;
     let root = work.path().join("root");
-    fs::create_dir(&root).and_then(|()| fs::set_permissions(&root, Permissions::from_mode(0o755))).map_err(io_error)?;
-    let mut extractor = Extractor::new(&root, caps).map_err(io_error)?;
+    fs::create_dir(&root).and_then(|()| fs::set_permissions(&root, Permissions::from_mode(0o755)))?;
+    let mut extractor = Extractor::new(&root, caps)?;
     for layer in &image.layers {
         unpack_layer(&mut extractor, layer)?;
     }
     super::crash::point("compute.launch.unpacking");
-    let record = ImageRecord { boot: boot_id().map_err(io_error)?, synced: false };
-    write_record(&work.path().join("image.json"), &record).map_err(io_error)?;
-    fs::rename(work.path(), directory).map_err(io_error)?;
+    let record = ImageRecord { boot: boot_id()?, synced: false };
+    write_record(&work.path().join("image.json"), &record)?;
+    fs::rename(work.path(), directory)?;
     // Moved away: there is nothing left to delete under the old name.
     let _ = work.keep();
     Ok(())
@@ -109,19 +109,18 @@ fn unpack(layout: &Layout, image: &StoredImage, directory: &Path, caps: Caps) ->
 
 /// One layer, its content checked against the digest that the image states for it.
 fn unpack_layer(extractor: &mut Extractor, layer: &StoredLayer) -> Result<(), DriverError> {
-    let reader = open_layer(layer).map_err(|error| match error.kind() {
-        io::ErrorKind::InvalidInput => DriverError::Rejected(error.to_string()),
-        _ => io_error(error),
-    })?;
-    let mut reader = Hashing { inner: reader, digester: Digester::new() };
-    extractor.layer(&mut reader).map_err(extract_error)?;
+    let mut reader = Hashing { inner: open_layer(layer)?, digester: Digester::new() };
+    extractor.layer(&mut reader)?;
     // What follows the end marker belongs to the digest as well.
-    io::copy(&mut reader, &mut io::sink()).map_err(io_error)?;
+    io::copy(&mut reader, &mut io::sink())?;
     let found = reader.digester.finish();
     if found == layer.diff_id {
         Ok(())
     } else {
-        Err(DriverError::Rejected(format!("expected a layer whose content has the digest {}, got {found}", layer.diff_id)))
+        Err(DriverError::Rejected(format!(
+            "expected a layer whose content has the digest {}, got {found}",
+            layer.diff_id
+        )))
     }
 }
 
@@ -136,16 +135,4 @@ impl<R: Read> Read for Hashing<R> {
         self.digester.update(&buffer[..count]);
         Ok(count)
     }
-}
-
-fn extract_error(error: ExtractError) -> DriverError {
-    if error.is_image() {
-        DriverError::Rejected(error.to_string())
-    } else {
-        DriverError::Transient(format!("the image could not be unpacked: {error}"))
-    }
-}
-
-fn io_error(error: io::Error) -> DriverError {
-    DriverError::Transient(format!("the image could not be unpacked: {error}"))
 }

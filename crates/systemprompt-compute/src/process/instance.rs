@@ -17,9 +17,7 @@ use super::{
     state::{Alive, AppRecord, InstanceRecord, Reach, Run, Stage, decide},
     stop::kill,
 };
-use crate::{
-    AppHandle, AppSpec, DriverError, ExitReason, FoundInstance, InstanceHandle, InstanceSpec, InstanceState,
-};
+use crate::{AppHandle, AppSpec, DriverError, ExitReason, FoundInstance, InstanceHandle, InstanceSpec, InstanceState};
 use chrono::{DateTime, Utc};
 use rustix::fs::{FlockOperation, flock};
 use std::{
@@ -104,9 +102,8 @@ impl Inner {
     pub(crate) fn running(&self, app: &AppName, spec: &InstanceSpec) -> Result<Option<InstanceHandle>, DriverError> {
         let key = InstanceKey { app: app.clone(), deployment: spec.deployment };
         let found = self.look(&key, Asker::Bystander)?;
-        let running = found.is_some_and(|found| {
-            found.record.image == spec.image && matches!(found.stage, Stage::Running { .. })
-        });
+        let running =
+            found.is_some_and(|found| found.record.image == spec.image && matches!(found.stage, Stage::Running { .. }));
         Ok(running.then(|| key.handle()))
     }
 
@@ -152,7 +149,10 @@ impl Inner {
                 Stage::Ending | Stage::Exited(_) => {
                     // The application has ended: what it left in the background ends with it.
                     kill_rest(&found)?;
-                    return Ok(InstanceState::Exited { reason: self.reason(key, &found), at: self.ended_at(key, &found) });
+                    return Ok(InstanceState::Exited {
+                        reason: self.reason(key, &found),
+                        at: self.ended_at(key, &found),
+                    });
                 }
             }
         }
@@ -328,15 +328,12 @@ impl Inner {
             let boot = boot_id()?;
             write_record(&files.record(), &InstanceRecord { image: spec.image, attempt, boot, reach: found })
         };
-        let namespace = match &self.networks {
-            Some(networks) => {
-                let preferred = before.and_then(|record| slot(&record));
-                Some(networks.create(preferred, || self.slots_of_others(key), record)?)
-            }
-            None => {
-                record(Reach::Shared { address: free_address()? })?;
-                None
-            }
+        let namespace = if let Some(networks) = &self.networks {
+            let before = before.and_then(|record| slot(&record));
+            Some(networks.create(before, || self.slots_of_others(key), record)?)
+        } else {
+            record(Reach::Shared { address: free_address()? })?;
+            None
         };
         let address = reach.map(Reach::address).ok_or_else(|| DriverError::Transient("no address".to_owned()))?;
         crash::point("compute.launch.network");
@@ -366,9 +363,11 @@ impl Inner {
             environment: plan::environment(&image.config, &spec.env, listen)?,
             limits: self.resource_limits(cgroups.is_some(), limits),
             cgroups: cgroups.unwrap_or_default(),
-            privileged: namespace
-                .zip(app.uid)
-                .map(|(namespace, uid)| Privileged { uid, namespace, staged: sources.staged() }),
+            privileged: namespace.zip(app.uid).map(|(namespace, uid)| Privileged {
+                uid,
+                namespace,
+                staged: sources.staged(),
+            }),
         };
         if self.networks.is_some() != order.privileged.is_some() {
             return Err(DriverError::Rejected(format!(
@@ -448,7 +447,8 @@ impl Inner {
     fn resolv_conf(&self) -> String {
         match &self.networks {
             Some(networks) => {
-                networks.firewall.resolvers.iter().map(|server| format!("nameserver {server}\n")).collect()
+                let lines = networks.firewall.resolvers.iter().map(|server| format!("nameserver {server}\n"));
+                lines.collect::<Vec<_>>().concat()
             }
             None => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
         }

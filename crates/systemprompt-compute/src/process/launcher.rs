@@ -173,7 +173,8 @@ fn run(order: &Order, status: &File) -> Result<std::convert::Infallible, io::Err
     // Tenants go first when the host runs out of memory. Raising needs no privilege.
     let _ = fs::write("/proc/self/oom_score_adj", "500");
     let output = InstanceFiles::at(order.directory.clone()).output();
-    let output = OpenOptions::new().append(true).create(true).mode(0o600).open(output).map_err(in_words("the output"))?;
+    let output =
+        OpenOptions::new().append(true).create(true).mode(0o600).open(output).map_err(in_words("the output"))?;
     if let Some(privileged) = &order.privileged {
         // The app may open /dev/stdout by name, as many do.
         fchown(&output, Some(privileged.uid), Some(privileged.uid)).map_err(in_words("the output"))?;

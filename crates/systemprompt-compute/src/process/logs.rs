@@ -200,10 +200,8 @@ fn tail(file: &File, lines: usize) -> io::Result<u64> {
 fn first_data(file: &File, from: u64) -> io::Result<u64> {
     match seek(file, SeekFrom::Data(from)) {
         Ok(offset) => Ok(offset),
-        // Past the end, or nothing but hole up to it.
-        Err(Errno::NXIO) => Ok(from),
-        // A file system that knows no holes cannot have punched any.
-        Err(Errno::INVAL) => Ok(from),
+        // At or past the end; or a file system that knows no holes and so cannot have punched any.
+        Err(Errno::NXIO | Errno::INVAL) => Ok(from),
         Err(error) => Err(error.into()),
     }
 }

@@ -19,7 +19,7 @@
 mod address;
 mod cgroup;
 mod command;
-mod crash;
+pub(crate) mod crash;
 mod extract;
 mod firewall;
 mod host;
@@ -140,7 +140,8 @@ impl ProcessDriver {
     /// # Errors
     /// The first instance that would not stop; the others have been stopped all the same.
     pub async fn shutdown(&self, grace: Duration) -> Result<(), DriverError> {
-        let stops = self.instances().await?.into_iter().map(|found| async move { self.stop(&found.handle, grace).await });
+        let stops =
+            self.instances().await?.into_iter().map(|found| async move { self.stop(&found.handle, grace).await });
         let stopped = futures_util::future::join_all(stops).await;
         let inner = self.inner.clone();
         blocking(move || inner.remove_rules()).await?;

@@ -31,21 +31,24 @@ pub(crate) struct Networks {
 }
 
 impl Networks {
-    /// Picks a free network, lets the caller record it, then makes it. All under a lock of the whole machine:
-    /// other installations pick from the same ranges.
+    /// Removes the network the instance had before, picks a free one (the same, if nobody took it), lets the caller
+    /// record it, then makes it. All under a lock of the whole machine: other installations pick from the same ranges.
     ///
     /// # Errors
     /// When the pool is used up or a tool fails; half of a network may then be left, under the recorded number.
     pub(crate) fn create(
         &self,
-        preferred: Option<u32>,
+        before: Option<u32>,
         taken: impl FnOnce() -> io::Result<Vec<u32>>,
         record: impl FnOnce(Reach) -> io::Result<()>,
     ) -> io::Result<PathBuf> {
         let _machine = machine_lock()?;
+        if let Some(slot) = before {
+            self.remove_network(slot)?;
+        }
         let routes = fs::read_to_string("/proc/net/route")?;
         let pool = self.firewall.pool;
-        let slot = pool.free_slot(preferred, &taken()?, &parse_routes(&routes)).ok_or_else(|| {
+        let slot = pool.free_slot(before, &taken()?, &parse_routes(&routes)).ok_or_else(|| {
             io::Error::new(io::ErrorKind::QuotaExceeded, format!("no free /30 network is left in the pool {pool}"))
         })?;
         let link = pool.slot(slot);
@@ -81,10 +84,7 @@ impl Networks {
         // Before the link is up: it must never have an IPv6 address, which no rule of ours filters.
         set_sysctl(&format!("ipv6/conf/{device}/disable_ipv6"), "1")?;
         set_sysctl(&format!("ipv4/conf/{device}/forwarding"), "1")?;
-        self.ip.run(
-            &["-batch", "-"],
-            &format!("addr add {host}/30 dev {device}\nlink set {device} mtu {mtu} up\n"),
-        )?;
+        self.ip.run(&["-batch", "-"], &format!("addr add {host}/30 dev {device}\nlink set {device} mtu {mtu} up\n"))?;
         self.ip.run(
             &["-n", &namespace, "-batch", "-"],
             &format!(
@@ -96,16 +96,16 @@ impl Networks {
 
     fn remove_network(&self, slot: u32) -> io::Result<()> {
         let (namespace, device) = (self.namespace(slot), self.device(slot));
-        let mut batch = String::new();
+        let mut batch = Vec::new();
         // The link first: with the namespace it would go too, but only some time later.
         if Path::new("/sys/class/net").join(&device).exists() {
-            batch.push_str(&format!("link del {device}\n"));
+            batch.push(format!("link del {device}\n"));
         }
         if namespace_path(&namespace).exists() {
-            batch.push_str(&format!("netns del {namespace}\n"));
+            batch.push(format!("netns del {namespace}\n"));
         }
         if !batch.is_empty() {
-            self.ip.run(&["-batch", "-"], &batch)?;
+            self.ip.run(&["-batch", "-"], &batch.concat())?;
         }
         Ok(())
     }

@@ -31,8 +31,10 @@ pub enum OpenError {
         package: &'static str,
     },
     /// bubblewrap is there and cannot make a sandbox.
-    #[error("bubblewrap cannot make a sandbox on this host: {said}; unprivileged user namespaces must be allowed \
-             (`sysctl kernel.unprivileged_userns_clone=1`, `sysctl user.max_user_namespaces=10000`)")]
+    #[error(
+        "bubblewrap cannot make a sandbox on this host: {said}; unprivileged user namespaces must be allowed \
+             (`sysctl kernel.unprivileged_userns_clone=1`, `sysctl user.max_user_namespaces=10000`)"
+    )]
     NoSandbox {
         /// What bubblewrap said.
         said: String,
@@ -93,10 +95,7 @@ fn networks(config: &ProcessConfig, id: &str) -> Result<Networks, OpenError> {
     Ok(Networks {
         firewall: Firewall { id: id.to_owned(), pool: config.network.pool, resolvers },
         ip: tool("ip", "iproute2")?,
-        tools: Tools {
-            save: tool("iptables-save", "iptables")?,
-            restore: tool("iptables-restore", "iptables")?,
-        },
+        tools: Tools { save: tool("iptables-save", "iptables")?, restore: tool("iptables-restore", "iptables")? },
         warned: AtomicBool::new(false),
     })
 }

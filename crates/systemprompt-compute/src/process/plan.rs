@@ -52,9 +52,10 @@ impl Sources {
     ) -> Result<Vec<String>, DriverError> {
         let name = |path: &PathBuf, staged: &str| match naming {
             Naming::Staged => Ok(format!("{STAGE}/{staged}")),
-            Naming::Direct => path.to_str().map(str::to_owned).ok_or_else(|| {
-                DriverError::Rejected(format!("expected a path in UTF-8, got {}", path.display()))
-            }),
+            Naming::Direct => path
+                .to_str()
+                .map(str::to_owned)
+                .ok_or_else(|| DriverError::Rejected(format!("expected a path in UTF-8, got {}", path.display()))),
         };
         let half = (memory_bytes / 2).to_string();
         let mut options: Vec<String> = Vec::new();
@@ -73,6 +74,7 @@ impl Sources {
             })?;
             add(&["--ro-bind", &name(&bind.host, &format!("bind{at}"))?, target]);
         }
+        add(&["--remount-ro", "/run"]);
         add(&["--chdir", if working_directory.is_empty() { "/" } else { working_directory }]);
         Ok(options)
     }

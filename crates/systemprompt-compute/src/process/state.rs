@@ -154,7 +154,9 @@ pub(crate) struct Alive {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Stage {
     Starting,
-    Running { since: DateTime<Utc> },
+    Running {
+        since: DateTime<Utc>,
+    },
     /// The application is gone and bwrap is about to say how.
     Ending,
     Exited(Ended),
@@ -213,10 +215,9 @@ impl Ended {
     ) -> ExitReason {
         match self {
             Self::Code(code) => ExitReason::Code(code),
-            Self::Signal(9) if out_of_memory() => ExitReason::OutOfMemory,
+            Self::Signal(9) | Self::Silent if out_of_memory() => ExitReason::OutOfMemory,
             Self::Signal(signal) => ExitReason::Signal(signal),
             Self::Failed(text) => ExitReason::SetupFailed(text),
-            Self::Silent if out_of_memory() => ExitReason::OutOfMemory,
             Self::Silent => sandbox_said().map_or(ExitReason::Unknown, ExitReason::SetupFailed),
             Self::Unknown => ExitReason::Unknown,
         }

@@ -25,21 +25,20 @@ pub(crate) enum TarError {
     Malformed(&'static str),
 }
 
-impl TarError {
-    /// Whether the archive is at fault, and not the disk it lies on.
-    pub(crate) fn is_archive(&self) -> bool {
-        use io::ErrorKind::{FileTooLarge, InvalidData, InvalidInput, Other, UnexpectedEof};
-        match self {
-            Self::Malformed(_) => true,
-            Self::Read(error) => matches!(error.kind(), FileTooLarge | InvalidData | InvalidInput | Other | UnexpectedEof),
-        }
-    }
+/// Whether an error of reading a layer is the layer's fault and not that of the disk it lies on. What decompressors
+/// and the bounds of a layer report has these kinds; the operating system's own errors have others.
+pub(crate) fn is_archive_error(error: &io::Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, InvalidData, InvalidInput, Other, UnexpectedEof};
+    error.raw_os_error().is_none()
+        && matches!(error.kind(), FileTooLarge | InvalidData | InvalidInput | Other | UnexpectedEof)
 }
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum EntryKind {
-    File { executable: bool },
+    File {
+        executable: bool,
+    },
     Directory,
     Symlink,
     HardLink,
