@@ -106,11 +106,12 @@ pub(crate) fn launcher() -> Vec<OsString> {
 pub(crate) fn processes_of(directory: &Path) -> Vec<String> {
     let needle = directory.to_str().expect("path");
     let holds = |process: &PathBuf| {
-        let own = process.ends_with(std::process::id().to_string());
+        let name = process.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let other = name.parse::<u32>().is_ok_and(|pid| pid != std::process::id());
         let files = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
         let open = files.filter_map(|file| fs::read_link(file.path()).ok()).any(|path| path.starts_with(directory));
         let mounted = fs::read_to_string(process.join("mountinfo")).is_ok_and(|mounts| mounts.contains(needle));
-        !own && (open || mounted)
+        other && (open || mounted)
     };
     let processes = fs::read_dir("/proc").expect("/proc").flatten().map(|entry| entry.path());
     processes.filter(holds).map(|process| process.display().to_string()).collect()
