@@ -136,6 +136,11 @@ impl Framing {
         self.state == State::Head && !self.partial.is_empty()
     }
 
+    /// Whether the last message is complete and no other has begun.
+    pub fn is_between_messages(&self) -> bool {
+        self.state == State::Head && self.partial.is_empty()
+    }
+
     /// Whether an upgrade waits for its answer.
     pub fn is_waiting(&self) -> bool {
         self.state == State::Waiting

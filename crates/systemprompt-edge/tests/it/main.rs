@@ -4,6 +4,7 @@ mod answers;
 mod bind;
 mod drain;
 mod framing;
+mod gate;
 mod harness;
 mod headers;
 mod limits;
