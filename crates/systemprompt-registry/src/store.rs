@@ -272,7 +272,10 @@ pub(crate) fn make_folder(folder: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Makes the names in a folder durable.
+/// Makes the names in a folder durable. A folder that is gone, since all in it was collected, has none.
 pub(crate) fn sync_folder(folder: &Path) -> Result<(), StoreError> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(StoreError::on("syncing", folder))
+    match File::open(folder).and_then(|folder| folder.sync_all()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::on("syncing", folder)(error)),
+        _ => Ok(()),
+    }
 }

@@ -123,6 +123,7 @@ struct Session {
 pub(crate) fn begin(inner: &Inner, tenant: TenantId) -> Result<Uuid, UploadError> {
     let store = &inner.store;
     let folder = store.uploads(tenant);
+    let _held = store.hold(); // a collection removes empty folders
     store::make_folder(&folder)?;
     if store::listed(&folder)?.len() >= MAX_OPEN_PER_TENANT {
         return Err(UploadError::TooManyOpen);

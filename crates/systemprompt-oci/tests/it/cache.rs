@@ -16,10 +16,11 @@ fn a_second_build_writes_nothing() {
 
 #[test]
 fn damaged_entries_are_made_again() {
+    type Damage = fn(&mut Vec<u8>);
     let project = Project::new();
     let first = project.build();
     let cache = project.cache_dir();
-    let damage: [(&str, fn(&mut Vec<u8>)); 4] = [
+    let damage: [(&str, Damage); 4] = [
         ("blobs", |blob| *blob.last_mut().expect("not empty") ^= 1),
         ("blobs", |blob| blob.truncate(blob.len() / 2)),
         ("layers", |record| record.clear()),

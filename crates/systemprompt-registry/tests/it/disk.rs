@@ -1,0 +1,110 @@
+//! No room: on the disk, in the tenant's share, in a blob.
+
+use crate::support::{Image, MIB, Server, config, error_code, noise};
+use futures_util::stream;
+use reqwest::{Body, Method, StatusCode};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+use systemprompt_oci::Digest;
+use systemprompt_registry::RegistryConfig;
+
+/// A file system of 8 MiB of its own.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    /// None without the right to mount.
+    fn mount() -> Option<Self> {
+        let dir = tempfile::tempdir().expect("dir");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"]).arg(dir.path()).status();
+        mounted.expect("mount is installed").success().then_some(Self(dir))
+    }
+    fn path(&self) -> PathBuf {
+        self.0.path().join("registry")
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
+    }
+}
+
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).expect("folder").flatten() {
+            if entry.path().is_dir() { folders.push(entry.path()) } else { files.push(entry.path()) }
+        }
+    }
+    files.sort();
+    files
+}
+
+#[tokio::test]
+async fn a_full_disk_is_said_and_leaves_nothing_half_done() {
+    let Some(disk) = SmallDisk::mount() else {
+        println!("skipped: this test mounts a small file system and needs root");
+        return;
+    };
+    let server = Server::start_in(config(disk.path())).await;
+    let tenant = server.tenant();
+    let image = Image::new("app", &noise(3 << 20, 6));
+    let digest = tenant.push(&image).await;
+    let before = files_below(&disk.path());
+    let content = noise(10 << 20, 7);
+
+    // With a known length it is refused before a byte is stored; without one, when the disk is really full.
+    let known = Body::from(content.clone());
+    let pieces: Vec<_> = content.chunks(1 << 16).map(|piece| Ok::<_, std::io::Error>(piece.to_vec())).collect();
+    let unknown = Body::wrap_stream(stream::iter(pieces));
+    for body in [known, unknown] {
+        let upload = tenant.begin().await;
+        let response = tenant.request(Method::PATCH, &upload).body(body).send().await.expect("an answer");
+        assert_eq!(response.status(), StatusCode::INSUFFICIENT_STORAGE);
+        assert_eq!(error_code(response).await, "INSUFFICIENT_STORAGE");
+        let _ = tenant.send(Method::DELETE, &upload).await;
+        assert_eq!(files_below(&disk.path()), before, "nothing half-committed");
+    }
+    // What was there is whole, and there is room for small things again.
+    server.registry.image(tenant.id, &digest).await.expect("whole");
+    tenant.push_blob(b"small").await;
+    server.kill().await;
+}
+
+#[tokio::test]
+async fn shares_and_sizes_are_kept_to() {
+    let dir = tempfile::tempdir().expect("dir");
+    let limits = RegistryConfig { max_blob_bytes: 2 * MIB, tenant_quota_bytes: 3 * MIB, ..config(dir.path()) };
+    let server = Server::start_in(limits).await;
+    let (tenant, other) = (server.tenant(), server.tenant());
+    let post = async |content: Vec<u8>| {
+        let path = format!("blobs/uploads/?digest={}", Digest::of(&content));
+        let response = tenant.request(Method::POST, &path).body(content).send().await.expect("an answer");
+        (response.status(), response.text().await.expect("text"))
+    };
+    let (status, text) = post(noise(3 << 20, 8)).await;
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
+    assert!(text.contains("SIZE_INVALID"), "{text}");
+    assert_eq!(post(noise(2 << 20, 9)).await.0, StatusCode::CREATED);
+    let (status, text) = post(noise(3 << 19, 10)).await;
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
+    assert!(text.contains("DENIED") && text.contains("quota"), "{text}");
+    assert_eq!(post(noise(2 << 20, 9)).await.0, StatusCode::PAYLOAD_TOO_LARGE, "staging counts as well");
+
+    // Unfinished uploads count: they cannot be used to fill the disk.
+    let upload = tenant.begin().await;
+    let patch = |body: Vec<u8>| tenant.request(Method::PATCH, &upload).body(body).send();
+    assert_eq!(patch(noise(900_000, 11)).await.expect("an answer").status(), StatusCode::ACCEPTED);
+    assert_eq!(patch(noise(900_000, 11)).await.expect("an answer").status(), StatusCode::PAYLOAD_TOO_LARGE);
+    let standing = tenant.send(Method::GET, &upload).await;
+    assert_eq!(standing.headers()["range"], "0-899999", "refused before a byte was stored");
+    let mut open = 0;
+    while tenant.status(Method::POST, "blobs/uploads/").await == StatusCode::ACCEPTED {
+        open += 1;
+        assert!(open < 1000, "there must be an end to it");
+    }
+    other.push_blob(&noise(2 << 20, 9)).await;
+}
