@@ -362,7 +362,7 @@ async fn the_page_says_what_waits_and_names_nobody() {
     assert_eq!(status, StatusCode::OK);
     assert!(page.contains(&format!("systemprompt cloud checkout confirm {id}")) && page.contains("Standard"));
     assert!(page.contains(&format!("http://127.0.0.1:8766/callback?status=pending&amp;checkout_session_id={id}")));
-    assert!(!page.contains("ada") && !page.contains("lovelace"));
+    assert!(!page.contains("lovelace") && !page.contains("example.com"));
 
     rig.confirm(rig.operator().await, id).await.unwrap();
     let (_, page) = rig.page(&id.to_string()).await;
