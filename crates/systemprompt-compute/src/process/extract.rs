@@ -365,3 +365,149 @@ fn resolve_error(path: &Path) -> impl FnOnce(Errno) -> ExtractError + '_ {
         error => write_error(path)(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ::tar::{Builder, EntryType, Header};
+    use proptest::prelude::*;
+    use std::{fs, os::unix::fs::PermissionsExt};
+
+    /// A directory to unpack into, beside something that must stay as it is.
+    struct Place {
+        directory: tempfile::TempDir,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().expect("directory");
+            fs::create_dir(directory.path().join("root")).expect("root");
+            fs::create_dir(directory.path().join("canary")).expect("canary");
+            fs::write(directory.path().join("canary/file"), "canary").expect("canary");
+            fs::set_permissions(directory.path().join("canary/file"), fs::Permissions::from_mode(0o600)).expect("mode");
+            Self { directory }
+        }
+
+        fn unpack(&self, tar: &[u8], caps: Caps) -> Result<(), ExtractError> {
+            Extractor::new(&self.directory.path().join("root"), caps).expect("extractor").layer(tar)
+        }
+
+        fn check_canary(&self) {
+            let canary = self.directory.path().join("canary");
+            assert_eq!(fs::read_dir(&canary).expect("canary").count(), 1);
+            let file = canary.join("file");
+            assert_eq!(fs::read_to_string(&file).expect("canary"), "canary");
+            assert_eq!(fs::metadata(&file).expect("canary").permissions().mode() & 0o777, 0o600);
+            assert_eq!(fs::read_dir(self.directory.path()).expect("directory").count(), 2);
+        }
+    }
+
+    fn entry(tar: &mut Builder<Vec<u8>>, kind: EntryType, path: &[u8], link: &[u8], content: &[u8]) {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(0o4777);
+        header.set_size(content.len() as u64);
+        let gnu = header.as_gnu_mut().expect("gnu");
+        gnu.name[..path.len()].copy_from_slice(path);
+        gnu.linkname[..link.len()].copy_from_slice(link);
+        header.set_cksum();
+        tar.append(&header, content).expect("entry");
+    }
+
+    fn files(count: usize, size: usize) -> Vec<u8> {
+        let mut tar = Builder::new(Vec::new());
+        for number in 0..count {
+            entry(&mut tar, EntryType::Regular, format!("f{number}").as_bytes(), b"", &vec![0; size]);
+        }
+        tar.into_inner().expect("tar")
+    }
+
+    #[test]
+    fn caps_hold_over_all_layers_together() {
+        let caps = Caps { bytes: 10_000, entries: 10 };
+        for (count, size, fits) in [(10, 1000, true), (11, 0, false), (2, 5001, false), (1, 10_000, true)] {
+            let result = Place::new().unpack(&files(count, size), caps);
+            assert_eq!(result.is_ok(), fits, "{count} of {size}: {result:?}");
+            assert!(fits || matches!(result, Err(ExtractError::TooLarge { .. })));
+        }
+        let place = Place::new();
+        let mut extractor = Extractor::new(&place.directory.path().join("root"), caps).expect("extractor");
+        extractor.layer(&files(6, 0)[..]).expect("the first");
+        assert!(extractor.layer(&files(6, 0)[..]).is_err(), "twelve in two layers");
+    }
+
+    #[test]
+    fn a_claimed_size_is_refused_before_anything_is_read_for_it() {
+        let mut header = Header::new_gnu();
+        header.set_path("bomb").expect("path");
+        header.set_mode(0o644);
+        header.set_size(1 << 40);
+        header.set_cksum();
+        let result = Place::new().unpack(header.as_bytes(), Caps::default());
+        assert!(matches!(result, Err(ExtractError::TooLarge { what: "bytes", .. })), "{result:?}");
+    }
+
+    /// Names that lead somewhere, combined at random.
+    fn name() -> impl Strategy<Value = String> {
+        let part = prop_oneof![
+            Just("a"),
+            Just("b"),
+            Just("c"),
+            Just(".."),
+            Just("."),
+            Just(""),
+            Just("canary"),
+            Just("file"),
+            Just(".wh.a"),
+            Just(".wh..wh..opq"),
+            Just(".wh.file"),
+            Just("root"),
+        ];
+        proptest::collection::vec(part, 1..5).prop_map(|parts| parts.join("/"))
+    }
+
+    fn kind() -> impl Strategy<Value = EntryType> {
+        prop_oneof![
+            4 => Just(EntryType::Regular),
+            4 => Just(EntryType::Symlink),
+            2 => Just(EntryType::Link),
+            2 => Just(EntryType::Directory),
+            1 => Just(EntryType::Fifo),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_archive_reaches_what_is_beside_its_directory(
+            entries in proptest::collection::vec((kind(), name(), name()), 1..12),
+            cut in proptest::option::of(0..4000_usize),
+        ) {
+            let place = Place::new();
+            // One archive per entry, so that a refused one does not save what an accepted one would reach later.
+            for (kind, path, link) in &entries {
+                let mut tar = Builder::new(Vec::new());
+                let content: &[u8] = if kind.is_file() { b"evil" } else { b"" };
+                entry(&mut tar, *kind, path.as_bytes(), link.as_bytes(), content);
+                let mut tar = tar.into_inner().expect("tar");
+                tar.truncate(cut.unwrap_or(tar.len()));
+                let _ = place.unpack(&tar, Caps::default());
+            }
+            place.check_canary();
+        }
+
+        #[test]
+        fn no_bytes_at_all_make_it_panic_or_reach_out(mut bytes in proptest::collection::vec(any::<u8>(), 0..2048)) {
+            // Half of them with a header whose checksum is right.
+            if bytes.len() >= 512 && bytes[0] % 2 == 0 {
+                let mut header = Header::from_byte_slice(&bytes[..512]).clone();
+                header.set_cksum();
+                bytes[..512].copy_from_slice(header.as_bytes());
+            }
+            let place = Place::new();
+            let _ = place.unpack(&bytes, Caps { bytes: 1 << 20, entries: 100 });
+            place.check_canary();
+        }
+    }
+}

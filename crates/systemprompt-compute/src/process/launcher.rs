@@ -11,6 +11,7 @@ use super::{
     host::{ProcessId, boot_id},
     layout::{InstanceFiles, read_record},
     network::set_sysctl,
+    seccomp,
     state::{InstanceRecord, RunHeader, StatusLine},
 };
 use chrono::Utc;
@@ -95,7 +96,10 @@ pub fn launcher_main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode 
         Ok(order) => order,
         Err(error) => return complain(&error),
     };
-    let status = match begin(&order) {
+    // Fails for a process that leads a session already; that is as good.
+    let _ = setsid();
+    close_fds::set_fds_cloexec(3, &[]);
+    let status = match claim(&order) {
         Ok(Some(status)) => status,
         // Somebody else has this instance, or it is gone: nothing to do and nothing to say.
         Ok(None) => return ExitCode::SUCCESS,
@@ -122,11 +126,8 @@ fn read_order() -> io::Result<Order> {
     serde_json::from_str(&text).map_err(|error| io::Error::other(format!("the order is not whole: {error}")))
 }
 
-/// Up to the header in the status file. Nothing when this launcher is late.
-fn begin(order: &Order) -> io::Result<Option<File>> {
-    // Fails for a process that leads a session already; that is as good.
-    let _ = setsid();
-    close_fds::set_fds_cloexec(3, &[]);
+/// Makes the instance this launcher's own, up to the header in the status file. Nothing when this launcher is late.
+fn claim(order: &Order) -> io::Result<Option<File>> {
     let files = InstanceFiles::at(order.directory.clone());
     let mut options = OpenOptions::new();
     let status = match options.append(true).read(true).create(true).mode(0o600).open(files.status()) {
@@ -183,8 +184,10 @@ fn run(order: &Order, status: &File) -> Result<std::convert::Infallible, io::Err
     }
     limit(order.limits).map_err(in_words("resource limits"))?;
     super::crash::point("compute.launcher.limited");
-    let arguments = arguments(order, status).map_err(in_words("arguments of the sandbox"))?;
-    for kept in [status.as_fd(), arguments.as_fd()] {
+    let filter = seccomp::program().map(|program| memory_file("seccomp", &program)).transpose()?;
+    let arguments = arguments(order, status, filter.as_ref()).map_err(in_words("arguments of the sandbox"))?;
+    for kept in [Some(status.as_fd()), filter.as_ref().map(AsFd::as_fd), Some(arguments.as_fd())].into_iter().flatten()
+    {
         fcntl_setfd(kept, FdFlags::empty())?;
     }
     set_no_new_privs(true)?;
@@ -264,7 +267,7 @@ fn limit(limits: ResourceLimits) -> io::Result<()> {
 
 /// Options by descriptor and not by command line: they hold the environment, and both the host's process list and
 /// the tenant (whose pid 1 is bwrap) can read a command line.
-fn arguments(order: &Order, status: &File) -> io::Result<OwnedFd> {
+fn arguments(order: &Order, status: &File, filter: Option<&OwnedFd>) -> io::Result<OwnedFd> {
     let mut text = zeroize::Zeroizing::new(Vec::new());
     let status = status.as_raw_fd().to_string();
     let mut push = |word: &str| {
@@ -273,11 +276,19 @@ fn arguments(order: &Order, status: &File) -> io::Result<OwnedFd> {
     };
     order.options.iter().for_each(|option| push(option));
     ["--json-status-fd", &status].into_iter().for_each(&mut push);
+    if let Some(filter) = filter {
+        ["--seccomp", &filter.as_raw_fd().to_string()].into_iter().for_each(&mut push);
+    }
     for (name, value) in &order.environment {
         ["--setenv", name, value.expose()].into_iter().for_each(&mut push);
     }
-    let mut file = File::from(memfd_create("arguments", MemfdFlags::CLOEXEC)?);
-    file.write_all(&text)?;
+    memory_file("arguments", &text)
+}
+
+/// A file in memory, to be read from its beginning by whoever inherits it.
+fn memory_file(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
+    file.write_all(content)?;
     file.rewind()?;
     Ok(file.into())
 }
@@ -285,4 +296,46 @@ fn arguments(order: &Order, status: &File) -> io::Result<OwnedFd> {
 fn in_words(what: &str) -> impl FnOnce(io::Error) -> io::Error + use<> {
     let what = what.to_owned();
     move |error| io::Error::new(error.kind(), format!("{what}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::{layout::write_record, state::Reach};
+    use systemprompt_oci::Digest;
+
+    fn order(directory: &Path, attempt: u32) -> Order {
+        Order {
+            attempt,
+            directory: directory.to_owned(),
+            bwrap: PathBuf::new(),
+            options: Vec::new(),
+            command: Vec::new(),
+            environment: BTreeMap::new(),
+            cgroups: Vec::new(),
+            limits: ResourceLimits { data_bytes: None, files: 1, tasks: None },
+            privileged: None,
+        }
+    }
+
+    fn record(directory: &Path, attempt: u32) {
+        let reach = Reach::Shared { address: ([127, 0, 0, 1], 1).into() };
+        let record = InstanceRecord { image: Digest::of(b""), attempt, boot: String::new(), reach };
+        write_record(&InstanceFiles::at(directory.to_owned()).record(), &record).expect("record");
+    }
+
+    #[test]
+    fn only_the_launcher_of_the_recorded_attempt_gets_the_instance_and_only_once() {
+        let directory = tempfile::tempdir().expect("directory");
+        let directory = directory.path();
+        assert!(claim(&order(directory, 1)).expect("no record").is_none(), "removed meanwhile");
+        record(directory, 2);
+        assert!(claim(&order(directory, 1)).expect("late").is_none(), "launched again meanwhile");
+        let status = claim(&order(directory, 2)).expect("in time").expect("claimed");
+        assert!(!lock(&File::open(directory.join("status")).expect("status")).expect("lock"), "held for life");
+        drop(status);
+        let written = fs::read_to_string(directory.join("status")).expect("status");
+        assert_eq!(written.lines().count(), 1, "the late ones wrote nothing: {written}");
+        assert!(claim(&order(&directory.join("gone"), 2)).expect("gone").is_none());
+    }
 }

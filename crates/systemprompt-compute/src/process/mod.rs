@@ -17,6 +17,7 @@
 //! network, under the caller's uid, with resource limits per process.
 
 mod address;
+mod app;
 mod cgroup;
 mod command;
 pub(crate) mod crash;
@@ -25,6 +26,7 @@ mod firewall;
 mod host;
 mod image;
 mod instance;
+mod launch;
 mod launcher;
 mod layout;
 mod lock;
@@ -32,6 +34,7 @@ mod logs;
 mod network;
 mod open;
 mod plan;
+mod seccomp;
 mod state;
 mod stop;
 mod tar;
@@ -152,14 +155,21 @@ impl ProcessDriver {
 /// How often output is trimmed and new images are synced.
 const MAINTENANCE: Duration = Duration::from_secs(5);
 
+/// How many rounds pass between two looks at the firewall: a minute.
+const ROUNDS_PER_REPAIR: u64 = 12;
+
 async fn maintain(inner: Weak<Inner>) {
     let mut interval = tokio::time::interval(MAINTENANCE);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
+    for round in 1_u64.. {
         interval.tick().await;
         let Some(inner) = inner.upgrade() else { return };
-        if let Err(error) = blocking(move || inner.maintain()).await {
-            tracing::warn!(%error, "instances' output was not trimmed");
+        let work = move || {
+            inner.maintain()?;
+            if round.is_multiple_of(ROUNDS_PER_REPAIR) { inner.repair_rules() } else { Ok(()) }
+        };
+        if let Err(error) = blocking(work).await {
+            tracing::warn!(%error, "maintenance of instances failed; it is tried again");
         }
     }
 }

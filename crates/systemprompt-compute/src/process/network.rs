@@ -41,7 +41,7 @@ impl Networks {
         before: Option<u32>,
         taken: impl FnOnce() -> io::Result<Vec<u32>>,
         record: impl FnOnce(Reach) -> io::Result<()>,
-    ) -> io::Result<PathBuf> {
+    ) -> io::Result<(Reach, PathBuf)> {
         let _machine = machine_lock()?;
         if let Some(slot) = before {
             self.remove_network(slot)?;
@@ -52,19 +52,26 @@ impl Networks {
             io::Error::new(io::ErrorKind::QuotaExceeded, format!("no free /30 network is left in the pool {pool}"))
         })?;
         let link = pool.slot(slot);
-        record(Reach::Namespace { slot, address: SocketAddr::from((link.instance(), PORT)) })?;
+        let reach = Reach::Namespace { slot, address: SocketAddr::from((link.instance(), PORT)) };
+        record(reach)?;
         super::crash::point("compute.launch.recorded");
         self.allow_egress(default_device(&routes).as_deref())?;
         super::crash::point("compute.launch.firewall");
         self.remove_network(slot)?;
         self.make_network(slot, link, mtu(default_device(&routes).as_deref()))?;
-        Ok(namespace_path(&self.namespace(slot)))
+        Ok((reach, namespace_path(&self.namespace(slot))))
     }
 
     /// Removes an instance's network; what is gone already is no error.
     pub(crate) fn remove(&self, slot: u32) -> io::Result<()> {
         let _machine = machine_lock()?;
         self.remove_network(slot)
+    }
+
+    /// Puts the rules in force again.
+    pub(crate) fn repair_rules(&self) -> io::Result<()> {
+        let _machine = machine_lock()?;
+        self.firewall.ensure(&self.tools).map(drop)
     }
 
     /// Removes the rules, for when the last app has gone.

@@ -16,9 +16,11 @@
 //! | `/allocate?MIB` | takes that much memory and touches it |
 //! | `/tasks?N` | starts that many threads and says how many started |
 //! | `/exit?CODE` | ends |
+//! | `/socket?FAMILY` | makes a socket of that number's family, or 500 and the error |
 //! | `/namespaces` | tries to make a user namespace: the error number, or 0 |
 //! | `/daemon` | leaves a process of its own in the background |
 
+use rustix::net::{AddressFamily, SocketType};
 use std::{
     fmt::Write as _,
     fs,
@@ -117,6 +119,11 @@ fn answer(path: &str, argument: &str) -> io::Result<String> {
         }
         "/allocate" => Ok(allocate(number()?).len().to_string()),
         "/tasks" => Ok(start_tasks(number()?).to_string()),
+        "/socket" => {
+            let family = AddressFamily::from_raw(u16::try_from(number()?).map_err(io::Error::other)?);
+            rustix::net::socket(family, SocketType::STREAM, None)?;
+            Ok("made".to_owned())
+        }
         "/namespaces" => {
             let status = Command::new(std::env::current_exe()?).arg("app").env("TEST_APP", "unshare:").status()?;
             Ok(status.code().unwrap_or(-1).to_string())

@@ -40,6 +40,12 @@ async fn each_app_has_a_uid_of_its_own_and_no_privilege() {
         uids.insert(outside);
         let storage = fs::metadata(host.data().join("apps").join(app.app.as_str()).join("storage")).expect("storage");
         assert_eq!((storage.uid(), storage.mode() & 0o777), (outside, 0o700));
+        assert!(status.contains("Seccomp:\t2"), "{status}");
+        assert_eq!(app.ask("/socket?2").await, "made");
+        // VSOCK leads out of the machine and knows no network namespaces; ALG and PACKET are kernel surface.
+        for family in [40, 38, 17] {
+            assert!(app.ask(&format!("/socket?{family}")).await.contains("os error 97"), "{family}");
+        }
         assert_eq!(app.ask("/namespaces").await, "28", "no user namespaces: ENOSPC");
     }
     assert_eq!(uids.len(), 2, "never shared");

@@ -54,7 +54,7 @@ async fn ten_megabytes_survive_the_death_of_the_control_plane() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn output_is_bounded_and_a_follower_loses_no_line_of_what_is_kept() {
+async fn output_is_bounded_and_no_line_of_what_is_kept_is_lost() {
     let host = Host::new();
     let config = systemprompt_compute::process::ProcessConfig { output_bytes: 1 << 20, ..host.config() };
     let driver = systemprompt_compute::process::ProcessDriver::open(config).expect("a driver");

@@ -1,0 +1,124 @@
+//! Apps: what all instances of a tenant share, and what the installation keeps in order for all of them.
+
+use super::{
+    host, image,
+    instance::Inner,
+    layout::{private_directory, read_record, write_record},
+    lock::FileLock,
+    logs,
+    state::{AppRecord, InstanceRecord, Stage},
+};
+use crate::{AppHandle, AppSpec, DriverError};
+use std::{collections::HashSet, os::unix::fs::chown};
+use systemprompt_contract::AppName;
+use systemprompt_oci::Digest;
+
+impl Inner {
+    pub(crate) fn ensure_app(&self, spec: &AppSpec) -> Result<AppHandle, DriverError> {
+        let _app = FileLock::exclusive(&self.layout.app_lock(&spec.app))?;
+        let path = self.layout.app_record(&spec.app);
+        let record: AppRecord = match read_record::<AppRecord>(&path)? {
+            Some(record) if record.tenant != spec.tenant => {
+                return Err(DriverError::Conflict(format!("the app {} belongs to another tenant", spec.app)));
+            }
+            Some(record) => AppRecord { region: spec.region, memory_mb: spec.memory_mb, ..record },
+            None => {
+                private_directory(&self.layout.app(&spec.app))?;
+                let uid = self.networks.as_ref().map(|_| self.allocate_uid()).transpose()?;
+                AppRecord { tenant: spec.tenant, region: spec.region, memory_mb: spec.memory_mb, uid }
+            }
+        };
+        let storage = self.layout.storage(&spec.app);
+        private_directory(&storage)?;
+        if let Some(uid) = record.uid {
+            chown(&storage, Some(uid), Some(uid))?;
+        }
+        write_record(&path, &record)?;
+        Ok(AppHandle::new(spec.app.as_str()))
+    }
+
+    pub(crate) fn destroy_app(&self, app: &AppName) -> Result<(), DriverError> {
+        let lock = FileLock::exclusive(&self.layout.app_lock(app))?;
+        for key in self.layout.list_instances(app)? {
+            let lock = FileLock::exclusive(&self.layout.instance_lock(&key))?;
+            super::stop::kill_now(self, &key)?;
+            self.erase(&key, lock)?;
+        }
+        self.layout.discard(&self.layout.app(app))?;
+        lock.remove()?;
+        self.collect_images()?;
+        if self.layout.list_apps()?.is_empty() {
+            self.remove_rules()?;
+        }
+        Ok(())
+    }
+
+    /// Takes the installation's firewall rules and empty control groups away.
+    pub(crate) fn remove_rules(&self) -> Result<(), DriverError> {
+        let _installation = FileLock::exclusive(&self.layout.installation_lock())?;
+        if let Some(networks) = &self.networks {
+            networks.remove_rules()?;
+        }
+        if let Some(cgroups) = &self.cgroups {
+            cgroups.remove_installation();
+        }
+        Ok(())
+    }
+
+    /// Puts the firewall's rules back when somebody has flushed them while instances run.
+    pub(crate) fn repair_rules(&self) -> Result<(), DriverError> {
+        let Some(networks) = &self.networks else { return Ok(()) };
+        // Against a shutdown that has just seen the last instance end.
+        let _installation = FileLock::exclusive(&self.layout.installation_lock())?;
+        for key in self.keys()? {
+            let found = self.look(&key, super::instance::Asker::Bystander)?;
+            if found.is_some_and(|found| matches!(found.stage, Stage::Running { .. })) {
+                return Ok(networks.repair_rules()?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Trims outputs and syncs new images.
+    pub(crate) fn maintain(&self) -> Result<(), DriverError> {
+        let mut images = HashSet::new();
+        for key in self.keys()? {
+            let files = self.layout.instance(&key);
+            logs::trim(&files.output(), self.config.output_bytes)?;
+            images.extend(read_record::<InstanceRecord>(&files.record())?.map(|record| record.image));
+        }
+        for digest in images {
+            image::sync(&self.layout, &digest)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn app_record(&self, app: &AppName) -> Result<Option<AppRecord>, DriverError> {
+        Ok(read_record(&self.layout.app_record(app))?)
+    }
+
+    pub(crate) fn collect_images(&self) -> Result<(), DriverError> {
+        Ok(image::collect(&self.layout, || {
+            let mut used: HashSet<Digest> = HashSet::new();
+            for app in self.layout.list_apps()? {
+                for key in self.layout.list_instances(&app)? {
+                    let record: Option<InstanceRecord> = read_record(&self.layout.instance(&key).record())?;
+                    used.extend(record.map(|record| record.image));
+                }
+            }
+            Ok(used)
+        })?)
+    }
+
+    /// The next uid that nobody runs under; none is ever given twice by one installation.
+    fn allocate_uid(&self) -> Result<u32, DriverError> {
+        let _installation = FileLock::exclusive(&self.layout.installation_lock())?;
+        let path = self.layout.uids();
+        let mut uid = read_record::<u32>(&path)?.unwrap_or(self.first_uid);
+        while host::tasks_of(uid) > 0 {
+            uid += 1;
+        }
+        write_record(&path, &(uid + 1))?;
+        Ok(uid)
+    }
+}
