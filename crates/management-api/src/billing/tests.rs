@@ -18,7 +18,9 @@ use axum::{
 use chrono::{DateTime, TimeDelta, Utc};
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
-use systemprompt_contract::{AccountId, CheckoutCreated, CheckoutId, CheckoutState, Data, ErrorBody, ErrorCode, EventId, Subject};
+use systemprompt_contract::{
+    AccountId, CheckoutCreated, CheckoutId, CheckoutState, Data, ErrorBody, ErrorCode, EventId, Subject,
+};
 use systemprompt_workflow::events;
 use tower::ServiceExt as _;
 
