@@ -198,6 +198,17 @@ fn find_running(layout: &Layout) -> Result<Option<Postmaster>, PostgresError> {
             fs::remove_file(&pid_file).map_err(PostgresError::io("removing", &pid_file))?;
             Ok(None)
         }
+        Found::Unreaped => {
+            if !postmaster::wait_for_children(&layout.data, STOP_LIMIT)
+                .map_err(PostgresError::io("looking for the old server of", &layout.data))?
+            {
+                let (data, seconds) = (layout.data.clone(), STOP_LIMIT.as_secs());
+                return Err(PostgresError::NotStopped { data, pid: 0, seconds });
+            }
+            tracing::warn!(path = %pid_file.display(), "removing the pid file of a killed server that nobody has waited for");
+            fs::remove_file(&pid_file).map_err(PostgresError::io("removing", &pid_file))?;
+            Ok(None)
+        }
         Found::Running(server) => match &server.socket_dir {
             Some(socket) if *socket != layout.socket_dir => {
                 Err(PostgresError::RunsElsewhere { data: layout.data.clone(), pid: server.pid, socket: socket.clone() })

@@ -31,6 +31,8 @@ struct PidFile {
 pub(crate) enum Found {
     /// There is none; `stale_pid_file`: a process of another kind has its old number.
     Nobody { stale_pid_file: bool },
+    /// It was killed and its parent has not taken note: the number is still taken, and looks alive to PostgreSQL.
+    Unreaped,
     /// It lives.
     Running(Postmaster),
 }
@@ -60,7 +62,24 @@ pub(crate) fn find(data: &Path) -> io::Result<Found> {
     match identify(&file, data) {
         Identity::Server => Ok(Found::Running(Postmaster { pid: file.pid, socket_dir: file.socket_dir, handle })),
         Identity::Dead => Ok(Found::Nobody { stale_pid_file: false }),
+        Identity::Zombie => Ok(Found::Unreaped),
         Identity::Other => Ok(Found::Nobody { stale_pid_file: true }),
+    }
+}
+
+/// Waits until no child of a killed server is left in `data`; they end by themselves when they notice. False when one
+/// still lives after `limit`. Only then may the pid file go: its shared memory is what keeps a second server out.
+pub(crate) fn wait_for_children(data: &Path, limit: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let lives_there = |process: fs::DirEntry| fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd == data);
+        if !fs::read_dir("/proc")?.flatten().any(lives_there) {
+            return Ok(true);
+        }
+        if Instant::now() > deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -104,6 +123,7 @@ fn parse_pid_file(text: &str) -> Option<PidFile> {
 enum Identity {
     Server,
     Dead,
+    Zombie,
     Other,
 }
 
@@ -115,7 +135,7 @@ fn identify(file: &PidFile, data: &Path) -> Identity {
         return Identity::Dead;
     };
     if stat.is_zombie() {
-        return Identity::Dead;
+        return Identity::Zombie;
     }
     if let (Ok(cwd), Ok(exe)) = (fs::read_link(process.join("cwd")), fs::read_link(process.join("exe"))) {
         // An upgrade of the package leaves `postgres (deleted)`.
@@ -196,7 +216,8 @@ mod tests {
             assert!(Instant::now() < deadline, "the killed child stays alive");
             std::thread::yield_now();
         }
-        assert!(matches!(find(&data).unwrap(), Found::Nobody { stale_pid_file: false }));
+        assert!(matches!(find(&data).unwrap(), Found::Unreaped));
+        assert!(wait_for_children(&data, Duration::ZERO).unwrap());
         child.wait().unwrap();
         assert!(matches!(find(&data).unwrap(), Found::Nobody { stale_pid_file: false }));
     }

@@ -97,7 +97,7 @@ async fn a_stranger_cannot_tell_others_things_from_absent_ones() -> anyhow::Resu
     let stack = Stack::start().await?;
     let tenant = stack.provision("private").await?;
     let stranger = stack.create_member("stranger@systemprompt.localhost")?;
-    let view = stack.call(reqwest::Method::GET, &paths::tenant(tenant.id, ""), None).await?;
+    let view = stack.call(Method::GET, &paths::tenant(tenant.id, ""), None).await?;
     ensure!(view["data"]["name"] == "private", "{view}");
     let operations = operations(&stack).await?;
     for Endpoint { method, path, access } in endpoints()? {

@@ -8,7 +8,7 @@ use systemprompt_contract::paths;
 const BOUNDARIES: [&str; 4] = ["before_intent", "after_intent", "after_act", "after_commit"];
 const PROVISION: [&str; 6] = ["reserve", "secrets", "app", "database", "route", "ready"];
 const DEPLOY: [&str; 6] = ["verify", "launch", "probe", "switch", "retire", "finish"];
-const DELETE: [&str; 7] = ["settle", "unroute", "stop", "destroy", "database", "images", "forget"];
+const DELETE: [&str; 6] = ["settle", "stop", "destroy", "database", "images", "forget"];
 
 fn points(workflow: &str, steps: &[&str]) -> Vec<String> {
     let each = steps.iter().flat_map(|step| BOUNDARIES.iter().map(move |boundary| format!("{workflow}.{step}.{boundary}")));

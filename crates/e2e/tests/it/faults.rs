@@ -73,10 +73,10 @@ async fn images_that_cannot_run_are_refused_before_anything_starts() -> anyhow::
     let mut image = TestApp { behaviour: "healthy", text: "x" }.build(&stack)?;
     without_entrypoint(&mut image)?;
     match push(&stack, &tenant, &image).await {
-        Err(error) => ensure!(format!("{error:#}").contains("entrypoint"), "{error:#}"),
+        Err(error) => ensure!(format!("{error:#}").contains("ENTRYPOINT"), "{error:#}"),
         Ok(pushed) => {
             let refused = deploy(&stack, &tenant, &json!({ "image": pushed.image, "digest": pushed.digest })).await;
-            ensure!(refused.contains("image_invalid") && refused.contains("entrypoint"), "{refused}");
+            ensure!(refused.contains("image_invalid") && refused.contains("ENTRYPOINT"), "{refused}");
         }
     }
     World::look(&stack).await?.check(&[tenant.id, other.id], &[])

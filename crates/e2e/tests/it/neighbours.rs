@@ -1,8 +1,9 @@
 //! What a tenant can reach from inside: its own database and the outside, and no listener of this machine.
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use e2e::{Stack, TestApp, World};
 use std::{collections::BTreeSet, fs, net::Ipv4Addr, process::Command};
+use systemprompt_contract::TenantId;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tenant_reaches_no_other_listener_of_the_machine() -> anyhow::Result<()> {
@@ -14,8 +15,9 @@ async fn a_tenant_reaches_no_other_listener_of_the_machine() -> anyhow::Result<(
     World::look(&stack).await?.check(&[victim.id, attacker.id], &[victim.id, attacker.id])?;
 
     let own = "127.0.0.1:8080";
-    let targets = targets(&stack)?;
-    ensure!(targets.len() > 10, "there are listeners to try: {targets:?}");
+    let mut targets = targets(&stack)?;
+    ensure!(targets.contains(&address_of(&stack, victim.id).await?), "the victim's app is tried: {targets:?}");
+    targets.remove(&address_of(&stack, attacker.id).await?);
     let mut reached = BTreeSet::new();
     for chunk in targets.into_iter().collect::<Vec<_>>().chunks(20) {
         let (status, answer) = stack.get(&attacker, &format!("/dial?{}", chunk.join(","))).await?;
@@ -27,6 +29,14 @@ async fn a_tenant_reaches_no_other_listener_of_the_machine() -> anyhow::Result<(
     let (_, answer) = stack.get(&attacker, &format!("/dial?{own}")).await?;
     ensure!(answer == own, "{answer:?}");
     Ok(())
+}
+
+/// Where the edge reaches a tenant's app.
+async fn address_of(stack: &Stack, tenant: TenantId) -> anyhow::Result<String> {
+    let mut control = e2e::connect(stack, "control", "systemprompt").await?;
+    let query = "SELECT jsonb_path_query_first(target, '$.**.tcp') #>> '{}' FROM routes WHERE tenant_id = $1";
+    let address: Option<String> = sqlx::query_scalar(query).bind(tenant.uuid()).fetch_one(&mut control).await?;
+    address.context("the route names an address")
 }
 
 /// Every listening TCP port of the machine on every address of it and on every tenant's, and the unix sockets.

@@ -45,8 +45,10 @@ async fn a_tenant_is_bought_deployed_changed_and_deleted() -> anyhow::Result<()>
     let id = tenant.id.to_string();
     let deleted = stack.cli(&tenant, &["--json", "cloud", "tenant", "delete", &id, "--yes", "--purge"]).await?;
     ensure!(deleted.ok, "{deleted:?}");
-    let (status, body) = stack.get(&tenant, "/").await?;
-    ensure!(status == 502 && body.contains("tenant_not_found"), "after the deletion: {status} {body}");
+    until("the deleted tenant is unknown", async || {
+        stack.get(&tenant, "/").await.is_ok_and(|(status, body)| status == 502 && body.contains("tenant_not_found"))
+    })
+    .await?;
     until("nothing is left", async || match World::look(&stack).await {
         Ok(world) => world.check(&[], &[]).is_ok(),
         Err(_) => false,

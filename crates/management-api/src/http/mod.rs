@@ -45,7 +45,7 @@ pub(crate) enum Access {
 /// One row of the table.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Endpoint {
-    method: String,
+    method: &'static str,
     path: &'static str,
     access: Access,
 }
@@ -64,8 +64,7 @@ impl Endpoints {
         H: Handler<T, App>,
         T: 'static,
     {
-        let name = format!("{method:?}").trim_start_matches("MethodFilter(").trim_end_matches(')').to_owned();
-        self.rows.push((Endpoint { method: name, path, access }, on(method, handler)));
+        self.rows.push((Endpoint { method: name_of(method), path, access }, on(method, handler)));
         self
     }
 
@@ -80,6 +79,17 @@ impl Endpoints {
             router.route(endpoint.path, handler.route_layer(guard))
         })
     }
+}
+
+/// A filter for one method, as that method is written.
+///
+/// # Panics
+/// For a filter of several methods, and for methods that no endpoint has: at start, not at a request.
+fn name_of(method: MethodFilter) -> &'static str {
+    let names =
+        [(MethodFilter::GET, "GET"), (MethodFilter::POST, "POST"), (MethodFilter::PUT, "PUT"), (MethodFilter::DELETE, "DELETE")];
+    let name = names.into_iter().find_map(|(filter, name)| (filter == method).then_some(name));
+    name.expect("an endpoint has one method of GET, POST, PUT and DELETE")
 }
 
 /// Every endpoint of the control plane.

@@ -1,7 +1,7 @@
-//! Deletion. The request itself makes the tenant invisible (phase `deleted`); this workflow takes down what runs
-//! and, with `purge`, everything that is left. Deleting goes forward only: every step is repeated until it holds.
+//! Deletion. The request itself takes the tenant out of every list and its host out of the routes; this workflow takes
+//! down what runs and, with `purge`, everything that is left. Deleting goes forward only: every step is repeated until it holds.
 
-use super::{FOREVER, provision::{Nothing, app_of, retry}, routes, store};
+use super::{FOREVER, provision::{Nothing, app_of, retry}, store};
 use crate::app::Infrastructure;
 use serde::{Deserialize, Serialize};
 use systemprompt_compute::DriverError;
@@ -28,7 +28,6 @@ impl Workflow for DeleteTenant {
     fn steps() -> Vec<Step<Self>> {
         vec![
             Step::new("settle", settle).retry(FOREVER).no_undo(FORWARD),
-            Step::new("unroute", unroute).retry(FOREVER).no_undo(FORWARD),
             Step::new("stop", stop).retry(FOREVER).no_undo(FORWARD),
             Step::new("destroy", destroy).retry(FOREVER).no_undo(FORWARD),
             Step::new("database", drop_database).retry(FOREVER).no_undo(FORWARD),
@@ -45,13 +44,6 @@ async fn settle(cx: Cx, state: Nothing) -> Outcome {
         return Err(StepError::Transient("another operation on this tenant is ending".to_owned()));
     }
     Ok(Completion::new(state))
-}
-
-async fn unroute(cx: Cx, state: Nothing) -> Outcome {
-    let host = cx.input.tenant.slug().hostname(&cx.app.site.zone);
-    let mut tx = cx.db.begin().await?;
-    routes::publish(&mut tx, cx.input.tenant, &host, None).await?;
-    Ok(Completion::in_tx(state, tx))
 }
 
 async fn stop(cx: Cx, state: Nothing) -> Outcome {

@@ -3,7 +3,7 @@
 use super::{
     delete::DeleteTenant,
     deploy::DeployTenant,
-    follow, logs,
+    follow, logs, routes,
     state::{self, TenantEvent},
     store::{self, Moved, NewDeployment, Tenant},
 };
@@ -259,7 +259,7 @@ struct DeleteQuery {
     purge: bool,
 }
 
-/// Takes the tenant out of every list at once and enqueues its end.
+/// Takes the tenant out of every list and out of the routes at once, and enqueues its end.
 async fn delete(
     State(app): State<App>,
     Extension(tenant): Extension<Tenant>,
@@ -280,6 +280,7 @@ async fn delete(
     let wait = if query.purge { TimeDelta::zero() } else { TimeDelta::hours(RESTORABLE_HOURS) };
     let moved = Moved { operation: Some(operation), failure: None, purge_after: Some(Utc::now() + wait) };
     store::advance(&mut tx, tenant.id, TenantEvent::DeleteAsked, moved).await.map_err(move_failure)?;
+    routes::publish(&mut tx, tenant.id, &tenant.slug().hostname(&app.site.zone), None).await?;
     tx.commit().await?;
     Ok((StatusCode::ACCEPTED, axum::Json(Data { data: serde_json::json!({ "operation_id": operation }) })))
 }
