@@ -33,9 +33,9 @@ const IMAGE_BUILDS: usize = 5;
 const AT_REST: Duration = Duration::from_mins(1);
 
 /// Measures everything; prints one line a figure, also for what could not be measured.
-pub(super) fn run(shell: &Shell) -> Result<()> {
+pub(super) fn run(shell: &Shell, profile: Profile) -> Result<()> {
     packages::ensure(shell, &[packages::TO_RUN, packages::TO_MEASURE])?;
-    let programs = build(shell, Profile::Release, &["e2e"])?;
+    let programs = build(shell, profile, &["e2e"])?;
     let folder = tempfile::Builder::new().prefix("xtask-bench-").tempdir()?;
     // PostgreSQL and the tenants run as other users and have to get through.
     fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
