@@ -68,7 +68,7 @@ struct Inner {
     uploads: Uploads,
     key: TokenKey,
     /// Reading whole layers is costly, so few manifests are checked at once.
-    checks: Semaphore,
+    checks: Arc<Semaphore>,
 }
 
 const PARALLEL_CHECKS: usize = 2;
@@ -86,7 +86,7 @@ impl Registry {
     /// [`OpenError::Locked`] when another process has it open.
     pub fn open(config: RegistryConfig, key: TokenKey) -> Result<Self, OpenError> {
         let store = Store::open(config)?;
-        let checks = Semaphore::new(PARALLEL_CHECKS);
+        let checks = Arc::new(Semaphore::new(PARALLEL_CHECKS));
         Ok(Self(Arc::new(Inner { store, uploads: Uploads::default(), key, checks })))
     }
 
@@ -150,7 +150,11 @@ impl Registry {
         let inner = self.0.clone();
         match task::spawn_blocking(move || work(&inner)).await {
             Ok(done) => done,
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime is being shut down, and this task with it.
+                Err(_) => std::future::pending().await,
+            },
         }
     }
 }

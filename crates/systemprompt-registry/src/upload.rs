@@ -5,7 +5,7 @@
 //! | open, in memory | file + [`Session`] (running digest) | open, on disk only, when a request is cut off |
 //! | open, on disk only | file | open, in memory, by reading the file again |
 //! | committed | blob and link | |
-//! | expired | nothing | after a day without a write |
+//! | expired | nothing | after a day without a write, or ten minutes when the tenant's uploads take too much |
 //!
 //! One request at a time works on an upload. The lock moves into the thread that writes, so that a request which is
 //! cut off in the middle of a write keeps others out until that write has ended.
@@ -19,9 +19,9 @@ use std::{
     collections::HashMap,
     fs::File,
     io::{self, Read, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 use systemprompt_contract::TenantId;
 use systemprompt_oci::{Digest, Digester};
@@ -32,6 +32,11 @@ use uuid::Uuid;
 pub(crate) const EXPIRES_AFTER: Duration = Duration::from_hours(24);
 /// More open uploads than this are no push but an attack, or a client that never finishes.
 const MAX_OPEN_PER_TENANT: usize = 64;
+/// Uploads that stood still for so long make way when a tenant's uploads become too many or too large: a token has
+/// ended meanwhile, and failed pushes must not keep the next one out for a day.
+const YIELDS_AFTER: Duration = Duration::from_mins(10);
+/// Which part of the quota unfinished uploads may take before idle ones make way: one in so many.
+const STAGING_SHARE: u64 = 4;
 
 /// Which upload of which tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -125,6 +130,11 @@ pub(crate) fn begin(inner: &Inner, tenant: TenantId) -> Result<Uuid, UploadError
     let folder = store.uploads(tenant);
     let _held = store.hold(); // a collection removes empty folders
     store::make_folder(&folder)?;
+    if store::listed(&folder)?.len() >= MAX_OPEN_PER_TENANT
+        || store.staged_bytes(tenant)? > store.config.tenant_quota_bytes / STAGING_SHARE
+    {
+        remove_idle(&folder)?;
+    }
     if store::listed(&folder)?.len() >= MAX_OPEN_PER_TENANT {
         return Err(UploadError::TooManyOpen);
     }
@@ -132,6 +142,17 @@ pub(crate) fn begin(inner: &Inner, tenant: TenantId) -> Result<Uuid, UploadError
     let path = store.upload(tenant, upload);
     File::create_new(&path).map_err(StoreError::on("making", &path))?;
     Ok(upload)
+}
+
+fn remove_idle(folder: &Path) -> Result<(), StoreError> {
+    let now = SystemTime::now();
+    for (path, metadata) in store::listed(folder)? {
+        let age = metadata.modified().ok().and_then(|time| now.duration_since(time).ok());
+        if age.is_some_and(|age| age > YIELDS_AFTER) {
+            store::remove_file(&path)?;
+        }
+    }
+    Ok(())
 }
 
 impl LockedUpload {

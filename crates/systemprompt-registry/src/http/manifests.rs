@@ -57,10 +57,14 @@ async fn put(call: &Call<'_>, reference: Reference, body: Body) -> Result<Respon
     }
     let tenant = call.grant.tenant;
     let tagged = matches!(reference, Reference::Tag(_));
-    let _permit = call.registry.0.checks.acquire().await.expect("the semaphore is never closed");
+    let checks = call.registry.0.checks.clone();
+    let permit = checks.acquire_owned().await.expect("the semaphore is never closed");
     let digest = call
         .registry
-        .blocking(move |inner| manifest::put(inner, tenant, &bytes, content_type.as_deref(), tagged))
+        .blocking(move |inner| {
+            let _permit = permit; // held by the work itself, which goes on when the client goes away
+            manifest::put(inner, tenant, &bytes, content_type.as_deref(), tagged)
+        })
         .await?;
     let response = Response::builder()
         .status(StatusCode::CREATED)

@@ -107,4 +107,13 @@ async fn shares_and_sizes_are_kept_to() {
         assert!(open < 1000, "there must be an end to it");
     }
     other.push_blob(&noise(2 << 20, 9)).await;
+
+    // Failed pushes of earlier do not keep the next one out.
+    let uploads = dir.path().join("tenants").join(tenant.id.to_string()).join("uploads");
+    for upload in std::fs::read_dir(&uploads).expect("uploads").flatten() {
+        let file = std::fs::File::options().append(true).open(upload.path()).expect("open");
+        file.set_modified(std::time::SystemTime::now() - std::time::Duration::from_mins(11)).expect("time");
+    }
+    tenant.begin().await;
+    assert_eq!(std::fs::read_dir(&uploads).expect("uploads").count(), 1);
 }

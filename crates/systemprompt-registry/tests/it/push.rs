@@ -11,6 +11,7 @@ use http::StatusCode;
 use std::{
     collections::HashMap,
     path::Path,
+    process::Stdio,
     sync::{Arc, Mutex},
 };
 use systemprompt_contract::{IMAGE_REPOSITORY, Secret, TenantId, TenantTag};
@@ -69,6 +70,49 @@ async fn only_what_changed_is_sent() {
     let report = client_of(&tenant).push(&second, IMAGE_REPOSITORY, &tenant.tag(), &|_| {}).await.expect("pushed");
     assert_eq!((report.uploaded_blobs, report.existing_blobs), (2, first.layers.len() - 1), "a layer and the config");
     assert_eq!(server.registry.resolve(tenant.id).await.expect("disk"), Some(second.digest));
+}
+
+#[tokio::test]
+async fn another_registry_takes_our_push_too() {
+    let dir = tempfile::tempdir().expect("dir");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let configuration = format!(
+        "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}}}\n",
+        dir.path().join("data").display()
+    );
+    let path = dir.path().join("registry.yml");
+    std::fs::write(&path, configuration).expect("write");
+    drop(listener);
+    let spawned = tokio::process::Command::new("docker-registry")
+        .arg("serve")
+        .arg(&path)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn();
+    let Ok(mut registry) = spawned else {
+        println!("skipped: docker-registry is not installed");
+        return;
+    };
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let http = systemprompt_oci::http_client(&[]).expect("client");
+    let base: url::Url = format!("http://{address}/").parse().expect("URL");
+    let image = built(dir.path(), "page");
+    let client = RegistryClient::new(http.clone(), base.clone(), "x", Secret::new("y"));
+    // Its start is waited for by the client's own patience.
+    let mut report = client.push(&image, "some/name", "latest", &|_| {}).await;
+    for _ in 0..5 {
+        if report.is_ok() {
+            break;
+        }
+        report = client.push(&image, "some/name", "latest", &|_| {}).await;
+    }
+    assert_eq!(report.expect("pushed").uploaded_blobs, image.layers.len() + 1);
+    let manifest = http.get(base.join("v2/some/name/manifests/latest").expect("URL"));
+    let manifest = manifest.header("accept", systemprompt_oci::media_type::OCI_MANIFEST).send().await.expect("answer");
+    assert_eq!(manifest.bytes().await.expect("body"), image.manifest);
+    registry.kill().await.expect("ours to stop");
 }
 
 /// Answers everything with `status`; without one: the first time each thing is asked with 503, the second time by
