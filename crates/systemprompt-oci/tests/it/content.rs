@@ -39,15 +39,15 @@ fn files_that_carry_credentials_never_go_in() {
 #[test]
 fn links_lead_to_files_of_the_project_or_nowhere() {
     let project = Project::new();
-    project.write("shared/logo.svg", "<svg/>");
+    project.write("brand/logo.svg", "<svg/>");
     project.write("services/secrets.json", "{}");
     let link = |target: &Path, at: &str| symlink(target, project.path(at)).expect("link");
-    link(&project.path("shared/logo.svg"), "web/dist/logo.svg");
+    link(&project.path("brand/logo.svg"), "web/dist/logo.svg");
     link(Path::new("/etc/passwd"), "web/dist/passwd");
     link(Path::new("../../../../../../etc/passwd"), "web/dist/up");
     link(Path::new("nothing"), "web/dist/dangling");
     link(Path::new("loop"), "web/dist/loop");
-    link(&project.path("shared"), "web/dist/folder");
+    link(&project.path("brand"), "web/dist/folder");
     link(&project.path("services/secrets.json"), "web/dist/harmless.json");
     let _socket = UnixListener::bind(project.path("services/socket")).expect("socket");
     project.write("web/dist/.wh.index.html", "");
