@@ -25,7 +25,10 @@ use std::{
     time::{Duration, Instant},
 };
 use systemprompt_contract::{RequestId, paths};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
 /// Also the longest a connection may rest between two requests; longer than any pool in front keeps it.
@@ -139,12 +142,17 @@ async fn trace(mut request: Request, next: Next) -> Response {
 
 async fn accept_until(stop: &CancellationToken, listener: TcpListener, router: Router, drain: Duration) {
     let graceful = GracefulShutdown::new();
+    // Dropping the set ends what is left after the drain time.
+    let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             biased;
             () = stop.cancelled() => break,
+            Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => converse(stream, router.clone(), &graceful),
+                Ok((stream, _)) => {
+                    connections.spawn(converse(stream, router.clone(), &graceful));
+                }
                 // Out of file descriptors, or a peer that left while waiting: both pass.
                 Err(error) => {
                     tracing::warn!(error = %error, "cannot accept a connection");
@@ -160,7 +168,7 @@ async fn accept_until(stop: &CancellationToken, listener: TcpListener, router: R
     }
 }
 
-fn converse(stream: TcpStream, router: Router, graceful: &GracefulShutdown) {
+fn converse(stream: TcpStream, router: Router, graceful: &GracefulShutdown) -> impl Future<Output = ()> + use<> {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(error = %error, "no TCP_NODELAY");
     }
@@ -168,9 +176,9 @@ fn converse(stream: TcpStream, router: Router, graceful: &GracefulShutdown) {
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN);
     let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     let connection = graceful.watch(connection);
-    tokio::spawn(async move {
+    async move {
         if let Err(error) = connection.await {
             tracing::debug!(error = %error, "a connection ended early");
         }
-    });
+    }
 }

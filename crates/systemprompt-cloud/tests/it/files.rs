@@ -262,15 +262,14 @@ fn a_full_disk_keeps_the_old_file() {
     let (_directory, path) = project();
     credentials("old").save_to_path(&path).expect("saved");
     let script = "trap '' XFSZ; ulimit -f 8; exec \"$0\" --exact files::child_that_saves --ignored";
-    let status = Command::new("bash")
+    let ran = Command::new("bash")
         .args(["-c", script])
         .arg(std::env::current_exe().expect("this test"))
         .env("SAVE_TO", &path)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
+        .output()
         .expect("ran");
-    assert!(!status.success(), "64 KiB do not fit into 8");
+    let said = String::from_utf8_lossy(&ran.stdout) + String::from_utf8_lossy(&ran.stderr);
+    assert!(said.contains("File too large"), "64 KiB do not fit into 8: {said}");
     let kept = CloudCredentials::load_from_path(&path).expect("whole").expect("there");
     assert_eq!(kept.api_token.expose(), "old");
     assert_eq!(fs::read_dir(path.parent().expect("a parent")).expect("listed").count(), 2, "nothing left over");
