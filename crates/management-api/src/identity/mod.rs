@@ -21,7 +21,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use accounts::{AccountError, NewAccount, Role, account_by_id, create_account};
+pub(crate) use accounts::{NewAccount, Role, account_by_id, create_account};
 pub(crate) use limits::Limits;
 pub(crate) use redirect::LoopbackRedirect;
 pub(crate) use setup::ensure_setup_token;
