@@ -447,23 +447,17 @@ mod tests {
         assert!(matches!(result, Err(ExtractError::TooLarge { what: "bytes", .. })), "{result:?}");
     }
 
-    /// Names that lead somewhere, combined at random.
+    /// Names that lead somewhere, combined at random from few parts, so that entries meet.
     fn name() -> impl Strategy<Value = String> {
         let part = prop_oneof![
-            Just("a"),
-            Just("b"),
-            Just("c"),
-            Just(".."),
-            Just("."),
-            Just(""),
-            Just("canary"),
-            Just("file"),
-            Just(".wh.a"),
-            Just(".wh..wh..opq"),
-            Just(".wh.file"),
-            Just("root"),
+            6 => Just("a"), 3 => Just("file"), 1 => Just(".."), 1 => Just("."), 1 => Just(""), 1 => Just("canary"),
+            1 => Just(".wh.a"), 1 => Just(".wh..wh..opq"), 1 => Just(".wh.file"), 1 => Just("evil"),
         ];
-        proptest::collection::vec(part, 1..5).prop_map(|parts| parts.join("/"))
+        proptest::collection::vec(part, 1..4).prop_map(|parts| parts.join("/"))
+    }
+
+    fn target() -> impl Strategy<Value = String> {
+        prop_oneof![Just("../canary".to_owned()), Just("../canary/file".to_owned()), Just("..".to_owned()), name(),]
     }
 
     fn kind() -> impl Strategy<Value = EntryType> {
@@ -481,7 +475,7 @@ mod tests {
 
         #[test]
         fn no_archive_reaches_what_is_beside_its_directory(
-            entries in proptest::collection::vec((kind(), name(), name()), 1..12),
+            entries in proptest::collection::vec((kind(), name(), target()), 1..12),
             cut in proptest::option::of(0..4000_usize),
         ) {
             let place = Place::new();

@@ -15,6 +15,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
 };
 
 /// The port every instance is told to listen on in its own namespace.
@@ -98,6 +99,7 @@ impl Networks {
                 "link set lo up\naddr add {instance}/30 dev eth0\nlink set eth0 mtu {mtu} up\nroute add default via {host}\n"
             ),
         )?;
+        wait_for_carrier(&device);
         Ok(())
     }
 
@@ -141,6 +143,16 @@ impl Networks {
     /// At most 14 characters: the kernel allows 15.
     fn device(&self, slot: u32) -> String {
         format!("sp{}-{slot}", self.firewall.id)
+    }
+}
+
+/// A link drops packets until the kernel has handled its carrier, some time after the command has returned; the first
+/// connection would then wait a second for its repetition. Waiting longer than that would gain nothing.
+fn wait_for_carrier(device: &str) {
+    let state = Path::new("/sys/class/net").join(device).join("operstate");
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < deadline && fs::read_to_string(&state).is_ok_and(|state| state.trim() != "up") {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
