@@ -133,11 +133,11 @@ impl Why {
 }
 
 /// The answer to a problem.
-pub(crate) fn answer(problem: Problem, accept: Accept, id: RequestId) -> Response<ResponseBody> {
+pub(crate) fn answer(problem: Problem, accept: &Accept, id: RequestId) -> Response<ResponseBody> {
     let text = problem.text();
-    let (content_type, body) = match accept {
-        Accept::Page => ("text/html; charset=utf-8", page(&text, id)),
-        Accept::Json => ("application/json", json(&text, id)),
+    let (content_type, body) = match accept.form() {
+        Form::Page => ("text/html; charset=utf-8", page(&text, id)),
+        Form::Json => ("application/json", json(&text, id)),
     };
     let mut response = Response::new(ResponseBody::from(Bytes::from(body)));
     *response.status_mut() = StatusCode::from_u16(text.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -154,28 +154,32 @@ pub(crate) fn answer(problem: Problem, accept: Accept, id: RequestId) -> Respons
     response
 }
 
+/// A client's `Accept`, kept aside in case the edge has to answer by itself.
+pub(crate) struct Accept(Option<HeaderValue>);
+
 /// In which form a client wants to be told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Accept {
+enum Form {
     Page,
     Json,
 }
 
 impl Accept {
+    pub(crate) fn header(headers: &HeaderMap) -> Self {
+        Self(headers.get(ACCEPT).cloned())
+    }
+
     /// Whichever of the two is named first; programs that name neither get JSON.
-    pub(crate) fn of(headers: &HeaderMap) -> Self {
-        for value in headers.get_all(ACCEPT) {
-            for range in value.as_bytes().split(|byte| *byte == b',') {
-                let kind = range.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
-                if kind.eq_ignore_ascii_case(b"text/html") {
-                    return Self::Page;
-                }
-                if kind.eq_ignore_ascii_case(b"application/json") {
-                    return Self::Json;
-                }
-            }
-        }
-        Self::Json
+    fn form(&self) -> Form {
+        let ranges = self.0.iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+        let mut kinds = ranges.map(|range| range.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii());
+        kinds
+            .find_map(|kind| match kind {
+                kind if kind.eq_ignore_ascii_case(b"text/html") => Some(Form::Page),
+                kind if kind.eq_ignore_ascii_case(b"application/json") => Some(Form::Json),
+                _ => None,
+            })
+            .unwrap_or(Form::Json)
     }
 }
 
@@ -211,16 +215,15 @@ mod tests {
     #[test]
     fn browsers_get_pages_and_programs_get_json() {
         for (accept, expected) in [
-            ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", Accept::Page),
-            ("application/json", Accept::Json),
-            ("application/json, text/html", Accept::Json),
-            ("Text/HTML;q=1", Accept::Page),
-            ("*/*", Accept::Json),
+            ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", Form::Page),
+            ("application/json", Form::Json),
+            ("application/json, text/html", Form::Json),
+            ("Text/HTML;q=1", Form::Page),
+            ("*/*", Form::Json),
         ] {
-            let headers = [(ACCEPT, HeaderValue::from_static(accept))].into_iter().collect();
-            assert_eq!(Accept::of(&headers), expected, "{accept}");
+            assert_eq!(Accept(Some(HeaderValue::from_static(accept))).form(), expected, "{accept}");
         }
-        assert_eq!(Accept::of(&HeaderMap::new()), Accept::Json);
+        assert_eq!(Accept(None).form(), Form::Json);
     }
 
     #[test]

@@ -210,7 +210,8 @@ impl Body for ResponseBody {
         match &mut self.get_mut().content {
             Content::Own(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Content::Upstream { incoming, exchange } => loop {
-                match ready!(Pin::new(&mut *incoming).poll_frame(cx)) {
+                let Some(open) = exchange else { return Poll::Ready(None) };
+                match ready!(open.link.poll_body(cx, incoming)) {
                     None => {
                         if let Some(exchange) = exchange.take() {
                             exchange.complete();

@@ -8,9 +8,9 @@ use crate::{
     pool::Claim,
     upstream::{self, Link},
 };
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, header::UPGRADE};
 use hyper::body::Incoming;
-use std::sync::{Arc, atomic::Ordering::Relaxed};
+use std::sync::Arc;
 use tokio::time::timeout;
 
 /// A request in flight keeps its connection from counting as idle.
@@ -83,34 +83,41 @@ pub(crate) async fn forward(
         Some(failure) => ForwardError::Body(failure),
         None => ForwardError::Unreachable(error.to_string()),
     };
+    // A body goes up while the answer comes down, and neither may wait for the other.
+    let duplex = progress.is_some() || request.headers().contains_key(UPGRADE);
     let mut request = request;
     if let Some(mut link) = ready_link(claim).await {
+        if duplex {
+            link.detach();
+        }
         let copy = (progress.is_none() && is_idempotent(request.method())).then(|| copy_head(&request));
-        link.answered.store(false, Relaxed);
-        let mut error = match timeout(limits.response_timeout, link.sender.try_send_request(request)).await {
+        let mut error = match timeout(limits.response_timeout, link.send(request)).await {
             Err(_) => return Err(ForwardError::TimedOut),
             Ok(Ok(response)) => return Ok((response, link)),
             Ok(Err(error)) => error,
         };
-        let again = error.take_message().or_else(|| copy.filter(|_| !link.answered.load(Relaxed)));
+        let again = error.take_message().or_else(|| copy.filter(|_| !link.is_answered()));
         match again {
             Some(again) => request = again,
             None => return Err(failed(error.into_error())),
         }
     }
     let mut link = connect(claim, limits).await?;
-    match timeout(limits.response_timeout, link.sender.send_request(request)).await {
+    if duplex {
+        link.detach();
+    }
+    match timeout(limits.response_timeout, link.send(request)).await {
         Err(_) => Err(ForwardError::TimedOut),
         Ok(Ok(response)) => Ok((response, link)),
-        Ok(Err(error)) => Err(failed(error)),
+        Ok(Err(error)) => Err(failed(error.into_error())),
     }
 }
 
 async fn ready_link(claim: &Claim) -> Option<Link> {
     loop {
         let mut link = claim.take_idle()?;
-        // Its last exchange is over, so the connection's task makes it ready within one turn or closes it.
-        if link.sender.is_ready() || link.sender.ready().await.is_ok() {
+        // Its last exchange is over, so it gets ready within one turn or was closed.
+        if link.is_ready().await {
             return Some(link);
         }
     }

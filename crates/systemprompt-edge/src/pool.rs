@@ -95,7 +95,7 @@ impl Pool {
         lock(&self.origins).retain(|_, origin| {
             origin.keep(|idle| {
                 idle.sweeps += 1;
-                idle.sweeps <= sweeps && !idle.link.sender.is_closed()
+                idle.sweeps <= sweeps && !idle.link.is_closed()
             });
             origin.in_flight.load(Relaxed) > 0 || !lock(&origin.idle).is_empty()
         });
@@ -126,16 +126,11 @@ impl Claim {
         &self.origin.upstream
     }
 
-    /// The idle connection used last, if one is still open.
+    /// The idle connection used last. It may have been closed since.
     pub(crate) fn take_idle(&self) -> Option<Link> {
-        let mut idle = lock(&self.origin.idle);
-        loop {
-            let link = idle.pop()?.link;
-            self.origin.shared.idle.fetch_sub(1, Relaxed);
-            if !link.sender.is_closed() {
-                return Some(link);
-            }
-        }
+        let link = lock(&self.origin.idle).pop()?.link;
+        self.origin.shared.idle.fetch_sub(1, Relaxed);
+        Some(link)
     }
 
     /// Keeps a connection whose last exchange came to its regular end.
@@ -143,7 +138,7 @@ impl Claim {
         let shared = &self.origin.shared;
         let mut idle = lock(&self.origin.idle);
         let room = idle.len() < shared.idle_per_upstream && shared.idle.load(Relaxed) < shared.idle_max;
-        if room && !self.origin.retired.load(Relaxed) && !link.sender.is_closed() {
+        if room && !self.origin.retired.load(Relaxed) {
             shared.idle.fetch_add(1, Relaxed);
             idle.push(Idle { link, sweeps: 0 });
         }

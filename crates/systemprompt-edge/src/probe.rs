@@ -90,7 +90,8 @@ async fn ask(upstream: &Upstream, host: &Hostname, path: &str) -> Result<ProbeAn
     headers.insert(HOST, host);
     headers.insert(USER_AGENT, HeaderValue::from_static("systemprompt-probe"));
     headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    let response = link.sender.send_request(request).await.map_err(protocol)?;
+    link.detach();
+    let response = link.send(request).await.map_err(|error| protocol(error.into_error()))?;
     let status = response.status().as_u16();
     let mut incoming = response.into_body();
     let mut body = BytesMut::new();

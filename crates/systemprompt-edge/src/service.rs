@@ -102,16 +102,16 @@ impl Client {
         let activity = Activity::begin(&self.connection);
         let id = self.worker.request_id();
         let mut record = Record::begin(id);
-        let accept = Accept::of(request.headers());
+        let accept = Accept::header(request.headers());
         let (host, target) = match self.target(&request) {
             Ok(found) => found,
-            Err(problem) => return refuse(problem, accept, id, record),
+            Err(problem) => return refuse(problem, &accept, id, record),
         };
         match self.route(&target, record.as_deref_mut()).await {
             Ok((claim, scope)) => {
                 self.forward(request, Forwarding { claim, scope, host, id, accept, activity, record }).await
             }
-            Err(problem) => refuse(problem, accept, id, record),
+            Err(problem) => refuse(problem, &accept, id, record),
         }
     }
 
@@ -192,11 +192,11 @@ impl Client {
         let limits = &self.worker.config.limits;
         let is_h2 = request.version() == Version::HTTP_2;
         let Some(uri) = origin_form(request.method(), request.uri()) else {
-            return refuse(Problem::BadTarget, accept, id, record);
+            return refuse(Problem::BadTarget, &accept, id, record);
         };
         let cap = body_cap(scope, uri.path(), limits.body_bytes);
         if cap.is_some_and(|cap| announced(request.headers()).is_some_and(|length| length > cap)) {
-            return refuse(Problem::BodyTooLarge, accept, id, record);
+            return refuse(Problem::BodyTooLarge, &accept, id, record);
         }
         let upgrade = Upgrade::wanted(&mut request);
         let request_id = request_id_value(id);
@@ -219,7 +219,7 @@ impl Client {
             Ok(answered) => answered,
             Err(error) => {
                 tracing::debug!(upstream = %claim.upstream(), %error, request_id = %id, "no answer from upstream");
-                return refuse(problem(&error, scope), accept, id, record);
+                return refuse(problem(&error, scope), &accept, id, record);
             }
         };
         let mut record = record;
@@ -230,7 +230,7 @@ impl Client {
             let Some(upgrade) = upgrade else {
                 return refuse(
                     problem(&ForwardError::Unreachable("101 unasked".to_owned()), scope),
-                    accept,
+                    &accept,
                     id,
                     record,
                 );
@@ -346,7 +346,7 @@ fn problem(error: &ForwardError, scope: Scope) -> Problem {
     }
 }
 
-fn refuse(problem: Problem, accept: Accept, id: RequestId, record: Option<Box<Record>>) -> Response<ResponseBody> {
+fn refuse(problem: Problem, accept: &Accept, id: RequestId, record: Option<Box<Record>>) -> Response<ResponseBody> {
     let response = answer(problem, accept, id);
     if let Some(mut record) = record {
         record.status(response.status().as_u16());

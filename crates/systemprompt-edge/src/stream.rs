@@ -48,7 +48,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = Pin::new(&mut this.io).poll_write_vectored(cx, bufs);
+        // TLS hands over one record at a time, and `send` is cheaper than `writev`.
+        let written = match bufs {
+            [one] => Pin::new(&mut this.io).poll_write(cx, one),
+            bufs => Pin::new(&mut this.io).poll_write_vectored(cx, bufs),
+        };
         this.note(written)
     }
 

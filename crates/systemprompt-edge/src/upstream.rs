@@ -1,16 +1,35 @@
 //! Connections to upstreams: opened here, for forwarding and for probes alike.
+//!
+//! hyper's client connection is a future that somebody must poll. Usually that is a task of its own, and
+//! each request then costs several hops between it and the task of the client's connection. Here whoever
+//! uses a [`Link`] polls it, so that the socket wakes the client's task directly. Only exchanges that go
+//! on in both directions at once (a request body, a tunnel) get a task: see [`Link::detach`].
 
 use crate::{body::RequestBody, config::Upstream};
-use hyper::client::conn::http1::{self, SendRequest};
+use bytes::Bytes;
+use futures_util::task::AtomicWaker;
+use http::{Request, Response};
+use http_body::{Body, Frame};
+use hyper::{
+    body::Incoming,
+    client::conn::{
+        TrySendError,
+        http1::{self, Connection, SendRequest},
+    },
+};
 use hyper_util::rt::TokioIo;
 use std::{
+    future::poll_fn,
     io,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicU8,
+            Ordering::{Relaxed, SeqCst},
+        },
     },
-    task::{Context, Poll},
+    task::{Context, Poll, Wake, Waker},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -21,11 +40,149 @@ use tokio::{
 /// memory for nothing.
 pub(crate) const BUFFER_BYTES: usize = 64 * 1024;
 
-/// A connection that can carry one request at a time.
+/// A connection that can carry one request at a time. Dropping it closes the connection, unless it was
+/// detached: then the end of the request or of its answer's body does.
 pub(crate) struct Link {
-    pub(crate) sender: SendRequest<RequestBody>,
+    sender: SendRequest<RequestBody>,
+    driver: Driver,
     /// Set by the first byte that comes back; cleared before each request.
-    pub(crate) answered: Arc<AtomicBool>,
+    answered: Arc<AtomicBool>,
+}
+
+impl Link {
+    /// Gives the connection a task of its own, for as long as it lasts. To be called before a request
+    /// that has a body or asks for an upgrade is sent.
+    pub(crate) fn detach(&mut self) {
+        if let Some(connection) = self.driver.connection.take() {
+            tokio::spawn(async move {
+                if let Err(error) = connection.with_upgrades().await {
+                    tracing::debug!(%error, "upstream connection ended");
+                }
+            });
+        }
+    }
+
+    /// Sends a request and waits for the head of its answer.
+    pub(crate) async fn send(
+        &mut self,
+        request: Request<RequestBody>,
+    ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
+        self.answered.store(false, Relaxed);
+        self.driver.begin();
+        let mut answer = pin!(self.sender.try_send_request(request));
+        poll_fn(|cx| self.driver.poll_with(cx, |cx| answer.as_mut().poll(cx))).await
+    }
+
+    /// Whether anything came back since the last request.
+    pub(crate) fn is_answered(&self) -> bool {
+        self.answered.load(Relaxed)
+    }
+
+    /// The next part of an answer's body.
+    pub(crate) fn poll_body(
+        &mut self,
+        cx: &mut Context<'_>,
+        body: &mut Incoming,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.driver.poll_with(cx, |cx| Pin::new(&mut *body).poll_frame(cx))
+    }
+
+    /// Waits until the connection can take a request; false when it was closed.
+    pub(crate) async fn is_ready(&mut self) -> bool {
+        let sender = &mut self.sender;
+        sender.is_ready() || poll_fn(|cx| self.driver.poll_with(cx, |cx| sender.poll_ready(cx))).await.is_ok()
+    }
+
+    /// Whether an idle connection was closed.
+    pub(crate) fn is_closed(&mut self) -> bool {
+        self.driver.drive(&mut Context::from_waker(Waker::noop()));
+        self.sender.is_closed()
+    }
+}
+
+/// Polls a connection on behalf of whoever waits for something that only the connection brings forward.
+struct Driver {
+    /// `None`: a task drives the connection, or it is closed.
+    connection: Option<Box<Connection<TokioIo<Watched>, RequestBody>>>,
+    relay: Arc<Relay>,
+    waker: Waker,
+}
+
+impl Driver {
+    fn new(connection: Connection<TokioIo<Watched>, RequestBody>) -> Self {
+        let relay = Arc::new(Relay { state: AtomicU8::new(RESTING), task: AtomicWaker::new() });
+        Self { connection: Some(Box::new(connection)), waker: Waker::from(Arc::clone(&relay)), relay }
+    }
+
+    /// From now on the connection's wishes to be polled are only noted.
+    fn begin(&self) {
+        self.relay.state.store(POLLING, SeqCst);
+    }
+
+    fn poll_with<T>(&mut self, cx: &mut Context<'_>, mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
+        if self.connection.is_none() {
+            return poll(cx);
+        }
+        self.relay.task.register(cx.waker());
+        let waker = self.waker.clone();
+        let mut cx = Context::from_waker(&waker);
+        loop {
+            self.begin();
+            if let Poll::Ready(done) = poll(&mut cx) {
+                return self.rest(Poll::Ready(done));
+            }
+            self.drive(&mut cx);
+            if let Poll::Ready(done) = poll(&mut cx) {
+                return self.rest(Poll::Ready(done));
+            }
+            if self.relay.state.compare_exchange(POLLING, RESTING, SeqCst, SeqCst).is_ok() {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Whoever got what he waited for polls again when he wants more, so no wish is lost.
+    fn rest<T>(&self, done: Poll<T>) -> Poll<T> {
+        self.relay.state.store(RESTING, SeqCst);
+        done
+    }
+
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        if let Some(connection) = &mut self.connection
+            && let Poll::Ready(ended) = Pin::new(&mut **connection).poll(cx)
+        {
+            if let Err(error) = ended {
+                tracing::debug!(%error, "upstream connection ended");
+            }
+            self.connection = None;
+        }
+    }
+}
+
+/// Wakes the task that waits for a connection, but not while that task polls it: the channels inside
+/// hyper would wake it for what it is just doing, and each such wake costs a whole poll.
+struct Relay {
+    state: AtomicU8,
+    task: AtomicWaker,
+}
+
+/// Nobody polls: a wake goes to the task.
+const RESTING: u8 = 0;
+/// The task polls: a wake is noted.
+const POLLING: u8 = 1;
+/// A wake was noted: the task polls once more before it rests.
+const NOTED: u8 = 2;
+
+impl Wake for Relay {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if self.state.compare_exchange(POLLING, NOTED, SeqCst, SeqCst) == Err(RESTING) {
+            self.task.wake();
+        }
+    }
 }
 
 /// Why there is no connection.
@@ -35,7 +192,7 @@ pub(crate) enum ConnectError {
     Http(hyper::Error),
 }
 
-/// Opens a connection and starts the task that drives it; it ends with the connection.
+/// Opens a connection.
 pub(crate) async fn connect(upstream: &Upstream) -> Result<Link, ConnectError> {
     let answered = Arc::new(AtomicBool::new(false));
     let io = match upstream {
@@ -49,12 +206,7 @@ pub(crate) async fn connect(upstream: &Upstream) -> Result<Link, ConnectError> {
     let io = TokioIo::new(Watched { io, answered: Arc::clone(&answered) });
     let (sender, connection) =
         http1::Builder::new().max_buf_size(BUFFER_BYTES).handshake(io).await.map_err(ConnectError::Http)?;
-    tokio::spawn(async move {
-        if let Err(error) = connection.with_upgrades().await {
-            tracing::debug!(%error, "upstream connection ended");
-        }
-    });
-    Ok(Link { sender, answered })
+    Ok(Link { sender, driver: Driver::new(connection), answered })
 }
 
 enum Socket {
@@ -95,6 +247,10 @@ impl AsyncWrite for Watched {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        // Most requests are one slice, and `send` is cheaper than `writev`.
+        if let [one] = bufs {
+            return self.poll_write(cx, one);
+        }
         match &mut self.get_mut().io {
             Socket::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Socket::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),

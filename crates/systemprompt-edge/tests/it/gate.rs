@@ -92,11 +92,11 @@ fn cuts() -> impl Strategy<Value = Vec<usize>> {
 }
 
 /// The bodies hyper reads from a connection, without a gate, and whether it was content with all of it.
-fn hyper_reads(bytes: Vec<u8>) -> (Vec<Bytes>, bool) {
+fn hyper_reads(bytes: &[u8]) -> (Vec<Bytes>, bool) {
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("runtime");
     runtime.block_on(async {
         let (mut client, server) = tokio::io::duplex(1024 * 1024);
-        client.write_all(&bytes).await.expect("fits");
+        client.write_all(bytes).await.expect("fits");
         client.shutdown().await.expect("shutdown");
         let bodies = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&bodies);
@@ -141,7 +141,7 @@ proptest! {
             outcome,
             Outcome { heads: requests.len() as u64, refused: false, complete: true, passed: bytes.clone() }
         );
-        let (bodies, content) = hyper_reads(bytes);
+        let (bodies, content) = hyper_reads(&bytes);
         prop_assert!(content);
         let expected: Vec<Bytes> = requests.into_iter().map(|(_, body)| body.into()).collect();
         prop_assert_eq!(bodies, expected);
@@ -165,7 +165,7 @@ proptest! {
         let wire = bytes.clone();
         let outcome = read(&bytes, &[]);
         prop_assume!(!outcome.refused);
-        let (bodies, content) = hyper_reads(bytes);
+        let (bodies, content) = hyper_reads(&bytes);
         prop_assert!(bodies.len() as u64 <= outcome.heads, "{} of {}", bodies.len(), outcome.heads);
         // After a request of HTTP/1.0 hyper closes and reads no further.
         let closes = wire.windows(8).any(|window| window == b"HTTP/1.0");
