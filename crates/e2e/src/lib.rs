@@ -7,6 +7,6 @@ mod world;
 
 pub use app::{Pushed, TestApp, push, wait_over};
 pub use load::{LoadReport, open_loop};
-pub use stack::{CliOutput, PATIENCE, Stack, Start, TenantRef, until};
 pub use stack::program;
+pub use stack::{CliOutput, PATIENCE, Stack, Start, TenantRef, until};
 pub use world::{World, connect};

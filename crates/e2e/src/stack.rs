@@ -14,7 +14,7 @@ use systemprompt_contract::{Secret, TenantId, paths};
 use tempfile::TempDir;
 
 /// How long anything may take before a test gives up on it.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// One installation in a temporary directory. Dropping it stops and removes everything.
 pub struct Stack {
@@ -65,8 +65,9 @@ impl CliOutput {
     /// # Errors
     /// When stdout is anything else.
     pub fn json(&self) -> anyhow::Result<Value> {
-        serde_json::from_str(&self.stdout)
-            .with_context(|| format!("expected one JSON value on stdout, got {:?}; stderr: {}", self.stdout, self.stderr))
+        serde_json::from_str(&self.stdout).with_context(|| {
+            format!("expected one JSON value on stdout, got {:?}; stderr: {}", self.stdout, self.stderr)
+        })
     }
 }
 
@@ -196,7 +197,9 @@ impl Stack {
     /// When it starts all the same.
     pub fn serve_twice(&self, data: &Path) -> anyhow::Result<String> {
         let mut command = Command::new(program("management-api")?);
-        command.args(["serve", "--http", "off", "--https", &format!("127.0.0.1:{}", self.https_port), "--data"]).arg(data);
+        command
+            .args(["serve", "--http", "off", "--https", &format!("127.0.0.1:{}", self.https_port), "--data"])
+            .arg(data);
         let output = command.stdin(Stdio::null()).output()?;
         ensure!(!output.status.success(), "a second control plane ran and ended well");
         Ok(String::from_utf8_lossy(&output.stderr).into_owned())
@@ -263,7 +266,8 @@ impl Stack {
     fn postmaster(&self, name: &str) -> anyhow::Result<rustix::process::Pid> {
         let file = self.data().join("postgres").join(name).join("postmaster.pid");
         let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
-        let pid = text.lines().next().and_then(|line| line.trim().parse().ok()).and_then(rustix::process::Pid::from_raw);
+        let pid =
+            text.lines().next().and_then(|line| line.trim().parse().ok()).and_then(rustix::process::Pid::from_raw);
         pid.with_context(|| format!("no pid in {}", file.display()))
     }
 
@@ -339,7 +343,7 @@ impl Stack {
     }
 
     fn trusting_client(&self) -> anyhow::Result<reqwest::Client> {
-        let options = systemprompt_cloud::HttpOptions { ca_file: Some(self.ca_file()), ..Default::default() };
+        let options = systemprompt_cloud::HttpOptions { ca_file: Some(self.ca_file()) };
         Ok(systemprompt_cloud::http_client(&options)?)
     }
 

@@ -30,10 +30,13 @@ impl World {
     /// When a cluster cannot be asked.
     pub async fn look(stack: &Stack) -> anyhow::Result<Self> {
         let mut tenants_cluster = connect(stack, "tenants", "postgres").await?;
-        let databases = names(&mut tenants_cluster, "SELECT datname::text FROM pg_database WHERE datname LIKE 'sp\\_%'").await?;
-        let roles = names(&mut tenants_cluster, "SELECT rolname::text FROM pg_roles WHERE rolname LIKE 'sp\\_%'").await?;
+        let databases =
+            names(&mut tenants_cluster, "SELECT datname::text FROM pg_database WHERE datname LIKE 'sp\\_%'").await?;
+        let roles =
+            names(&mut tenants_cluster, "SELECT rolname::text FROM pg_roles WHERE rolname LIKE 'sp\\_%'").await?;
         let mut control = connect(stack, "control", "systemprompt").await?;
-        let tenants = sqlx::query_as("SELECT id::text, phase::text FROM tenants ORDER BY id").fetch_all(&mut control).await?;
+        let tenants =
+            sqlx::query_as("SELECT id::text, phase::text FROM tenants ORDER BY id").fetch_all(&mut control).await?;
         let open_operations = sqlx::query_scalar(
             "SELECT workflow || ' ' || status || ' ' || coalesce(failure::text, '') || coalesce(parked::text, '')
              FROM operations WHERE status NOT IN ('succeeded', 'failed')",

@@ -3,7 +3,9 @@
 use crate::{
     app::{App, Infrastructure, Parts, Site},
     certs::LocalCa,
-    config::{AccountArguments, Arguments, Command, DataArguments, EdgeArguments, LAUNCHER, Layout, OnStop, ServeArguments},
+    config::{
+        AccountArguments, Arguments, Command, DataArguments, EdgeArguments, LAUNCHER, Layout, OnStop, ServeArguments,
+    },
     edge_role::{Follower, Snapshot, cert_table},
     http,
     identity::{self, NewAccount, Role},
@@ -26,10 +28,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use systemprompt_compute::{
-    ComputeDriver, InstanceState,
-    process::{Bind, ProcessConfig, ProcessDriver},
-};
+use systemprompt_compute::process::{Bind, ProcessConfig, ProcessDriver};
 use systemprompt_edge::{BoundEdge, Edge, EdgeConfig, Limits, RouteTable, Upstream};
 use systemprompt_postgres::{Access, Cluster, ClusterConfig, Durability, StopMode};
 use systemprompt_registry::{Registry, RegistryConfig, TokenKey};
@@ -105,9 +104,10 @@ async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
     let snapshot = Snapshot::load(&layout.edge_snapshot(), &seal)?;
     let table = watch::Sender::new(Arc::new(snapshot.map_or_else(RouteTable::new, |snapshot| snapshot.table())));
     let (_certs, certs) = watch::channel(Arc::new(cert_table(&certificates)?));
-    let edge = match arguments.without_edge {
-        true => None,
-        false => Some(Edge::new(edge_config(&arguments.edge, &platform), table.subscribe(), certs).bind().await?),
+    let edge = if arguments.without_edge {
+        None
+    } else {
+        Some(Edge::new(edge_config(&arguments.edge, &platform), table.subscribe(), certs).bind().await?)
     };
     let bound_port = edge.as_ref().map_or_else(
         || arguments.edge.https.addresses().first().map_or(443, std::net::SocketAddr::port),
@@ -123,7 +123,21 @@ async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
     let edge = edge.map(|edge| tokio::spawn(edge.serve(stops.edge.clone())));
 
     let clusters = Clusters::start(&layout).await?;
-    let app = build_app(&arguments, &layout, &site, &seal, &clusters, &stops).await?;
+    let registry = open_registry(&layout, &seal)?;
+    let driver = Arc::new(open_driver(&layout, &registry, clusters.tenants.socket_dir(), arguments.unsafe_shared)?);
+    let app = build_app(
+        &arguments,
+        Opened {
+            layout: &layout,
+            site: &site,
+            seal: &seal,
+            clusters: &clusters,
+            registry,
+            driver: driver.clone(),
+            stops: &stops,
+        },
+    )
+    .await?;
     let setup = identity::ensure_setup_token(&app.db, &app.setup_token_file).await?;
 
     let tasks = TaskTracker::new();
@@ -166,9 +180,10 @@ async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
         following.await.context("the edge's follower")?;
     }
     if arguments.on_stop == OnStop::Stop {
-        stop_instances(app.infrastructure.driver.as_ref(), app.infrastructure.limits.stop_grace).await?;
+        driver.shutdown(app.infrastructure.limits.stop_grace).await?;
         app.db.pool().close().await;
         clusters.stop().await?;
+        remove_socket_directory(&platform_socket(&layout)?);
     }
     Ok(())
 }
@@ -233,6 +248,11 @@ impl Clusters {
 
     async fn stop(&self) -> anyhow::Result<()> {
         tokio::try_join!(self.control.stop(StopMode::Fast), self.tenants.stop(StopMode::Fast))?;
+        for cluster in [&self.control, &*self.tenants] {
+            // Not while an instance lives, whose sandbox has this very directory bound into it: all are stopped.
+            let gone = std::fs::remove_dir(cluster.socket_dir());
+            tracing::debug!(?gone, "removed a cluster's socket directory");
+        }
         Ok(())
     }
 }
@@ -248,68 +268,71 @@ async fn start_cluster(layout: &Layout, name: &str, access: Access) -> anyhow::R
     Cluster::start(config).await.with_context(|| format!("starting the {name} database cluster"))
 }
 
-async fn build_app(
-    arguments: &ServeArguments,
-    layout: &Layout,
-    site: &Site,
-    seal: &Arc<Sealer>,
-    clusters: &Clusters,
-    stops: &Stops,
-) -> anyhow::Result<App> {
+/// What an [`App`] is made from.
+struct Opened<'a> {
+    layout: &'a Layout,
+    site: &'a Site,
+    seal: &'a Arc<Sealer>,
+    clusters: &'a Clusters,
+    registry: Registry,
+    driver: Arc<ProcessDriver>,
+    stops: &'a Stops,
+}
+
+async fn build_app(arguments: &ServeArguments, opened: Opened<'_>) -> anyhow::Result<App> {
+    let Opened { layout, site, seal, clusters, registry, driver, stops } = opened;
     let db = open_control_database(&clusters.control).await?;
     systemprompt_workflow::release_leases(&db, WORKER).await?;
-    let hub = EventHub::start(db.clone());
-    let registry_key = TokenKey::from_bytes(&seal.derive("registry-token"));
-    let registry = Registry::open(
-        RegistryConfig {
-            root: layout.registry(),
-            max_blob_bytes: MAX_BLOB_BYTES,
-            tenant_quota_bytes: TENANT_QUOTA_BYTES,
-        },
-        registry_key.clone(),
-    )
-    .context("opening the registry")?;
     let admin = Db::connect(&clusters.tenants.url("postgres"), TENANTS_ADMIN_CONNECTIONS).await?;
     let infrastructure = Infrastructure {
         site: site.clone(),
-        driver: open_driver(arguments, layout, &registry, clusters.tenants.socket_dir())?,
+        driver,
         databases: TenantDatabases::new(admin.pool().clone(), clusters.tenants.clone()),
         registry,
         seal: seal.clone(),
         limits: arguments.deploy_limits(),
     };
     Ok(App::new(Parts {
+        hub: EventHub::start(db.clone()),
         db,
-        hub,
         seal: seal.clone(),
         site: site.clone(),
         plans: crate::billing::default_plans(),
         infrastructure,
-        registry_key,
+        registry_key: registry_key(seal),
         setup_token_file: layout.setup_token(),
         stop: stops.api.clone(),
         identity: identity::Limits::default(),
     }))
 }
 
+fn registry_key(seal: &Sealer) -> TokenKey {
+    TokenKey::from_bytes(&seal.derive("registry-token"))
+}
+
+fn open_registry(layout: &Layout, seal: &Sealer) -> anyhow::Result<Registry> {
+    let config = RegistryConfig {
+        root: layout.registry(),
+        max_blob_bytes: MAX_BLOB_BYTES,
+        tenant_quota_bytes: TENANT_QUOTA_BYTES,
+    };
+    Registry::open(config, registry_key(seal)).context("opening the registry")
+}
+
 fn open_driver(
-    arguments: &ServeArguments,
     layout: &Layout,
     registry: &Registry,
     postgres_socket: &Path,
-) -> anyhow::Result<Arc<dyn ComputeDriver>> {
-    let config = ProcessConfig {
-        binds: vec![Bind { host: postgres_socket.to_owned(), sandbox: PathBuf::from(SANDBOX_SOCKET_DIR) }],
-        unsafe_shared: arguments.unsafe_shared,
-        ..process_config(layout, registry)?
-    };
-    Ok(Arc::new(ProcessDriver::open(config).context("opening the process driver")?))
-}
-
-fn process_config(layout: &Layout, registry: &Registry) -> anyhow::Result<ProcessConfig> {
+    unsafe_shared: bool,
+) -> anyhow::Result<ProcessDriver> {
     let executable = std::env::current_exe().context("finding this program's own file")?;
     let launcher = vec![executable.into(), LAUNCHER.into()];
-    Ok(ProcessConfig::new(layout.compute(), launcher, Arc::new(RegistryImages::new(registry.clone()))))
+    let config = ProcessConfig {
+        binds: vec![Bind { host: postgres_socket.to_owned(), sandbox: PathBuf::from(SANDBOX_SOCKET_DIR) }],
+        unsafe_shared,
+        ..ProcessConfig::new(layout.compute(), launcher, Arc::new(RegistryImages::new(registry.clone())))
+    };
+    ProcessDriver::open(config).context("opening the process driver")
 }
 
 async fn open_control_database(control: &Cluster) -> anyhow::Result<Db> {
@@ -382,22 +405,19 @@ async fn stop_leftovers(arguments: &DataArguments) -> anyhow::Result<()> {
     // Starting adopts what runs; a cluster that does not run is stopped again at once.
     let clusters = Clusters::start(&layout).await?;
     let seal = Sealer::load_or_create(&layout.seal_key())?;
-    let registry = Registry::open(
-        RegistryConfig { root: layout.registry(), max_blob_bytes: MAX_BLOB_BYTES, tenant_quota_bytes: TENANT_QUOTA_BYTES },
-        TokenKey::from_bytes(&seal.derive("registry-token")),
-    )?;
-    let driver = ProcessDriver::open(process_config(&layout, &registry)?)?;
-    stop_instances(&driver, Duration::from_secs(10)).await?;
-    clusters.stop().await
+    let registry = open_registry(&layout, &seal)?;
+    let driver = open_driver(&layout, &registry, clusters.tenants.socket_dir(), true)?;
+    driver.shutdown(Duration::from_secs(10)).await?;
+    clusters.stop().await?;
+    remove_socket_directory(&platform_socket(&layout)?);
+    Ok(())
 }
 
-async fn stop_instances(driver: &dyn ComputeDriver, grace: Duration) -> anyhow::Result<()> {
-    let running = driver.instances().await?.into_iter().filter(|found| {
-        matches!(found.state, InstanceState::Running { .. } | InstanceState::Starting)
-    });
-    let stops = running.map(|found| async move { driver.stop(&found.handle, grace).await });
-    futures_util::future::try_join_all(stops).await?;
-    Ok(())
+/// Empty by now but for a socket that nobody listens on.
+fn remove_socket_directory(socket: &Path) {
+    let removed = std::fs::remove_file(socket);
+    let gone = socket.parent().map(std::fs::remove_dir);
+    tracing::debug!(?removed, ?gone, "removed the platform's socket");
 }
 
 /// A socket's path has at most 107 bytes, and a data directory may lie deep: a short name derived from it.

@@ -195,7 +195,7 @@ fn find_running(layout: &Layout) -> Result<Option<Postmaster>, PostgresError> {
         Found::Nobody { stale_pid_file: true } => {
             // PostgreSQL would take any process of its user with that number for the old server and refuse to start.
             tracing::warn!(path = %pid_file.display(), "removing a stale pid file: the number belongs to another process");
-            fs::remove_file(&pid_file).map_err(PostgresError::io("removing", &pid_file))?;
+            remove_lock_files(layout)?;
             Ok(None)
         }
         Found::Unreaped => {
@@ -206,7 +206,7 @@ fn find_running(layout: &Layout) -> Result<Option<Postmaster>, PostgresError> {
                 return Err(PostgresError::NotStopped { data, pid: 0, seconds });
             }
             tracing::warn!(path = %pid_file.display(), "removing the pid file of a killed server that nobody has waited for");
-            fs::remove_file(&pid_file).map_err(PostgresError::io("removing", &pid_file))?;
+            remove_lock_files(layout)?;
             Ok(None)
         }
         Found::Running(server) => match &server.socket_dir {
@@ -216,6 +216,19 @@ fn find_running(layout: &Layout) -> Result<Option<Postmaster>, PostgresError> {
             _ => Ok(Some(server)),
         },
     }
+}
+
+/// The data directory's and the socket's: both name the old server.
+fn remove_lock_files(layout: &Layout) -> Result<(), PostgresError> {
+    let mut socket_lock = layout.socket().into_os_string();
+    socket_lock.push(".lock");
+    for path in [layout.data.join("postmaster.pid"), PathBuf::from(socket_lock)] {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(PostgresError::io("removing", &path)(error)),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn adopt(layout: &Layout, server: &Postmaster) -> Result<Started, PostgresError> {

@@ -61,7 +61,7 @@ fn serve(connection: TcpStream, behaviour: &str, text: &str) {
             }
         }
         if behaviour == "silent" {
-            thread::sleep(Duration::from_secs(3600));
+            thread::sleep(Duration::from_hours(1));
         }
         let target = head.first().and_then(|line| line.split(' ').nth(1)).unwrap_or("/").to_owned();
         let (path, query) = target.split_once('?').unwrap_or((&target, ""));
@@ -74,7 +74,8 @@ fn serve(connection: TcpStream, behaviour: &str, text: &str) {
             _ => text.to_owned(),
         };
         let status = if behaviour == "sick" { "500 Internal Server Error" } else { "200 OK" };
-        let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\ncontent-type: text/plain\r\n\r\n{body}", body.len());
+        let answer =
+            format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\ncontent-type: text/plain\r\n\r\n{body}", body.len());
         if writing.write_all(answer.as_bytes()).is_err() {
             return;
         }

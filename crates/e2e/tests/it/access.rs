@@ -35,8 +35,11 @@ const PUBLIC: [(&str, &str); 10] = [
 #[test]
 fn nothing_is_public_but_what_is_listed() -> anyhow::Result<()> {
     let endpoints = endpoints()?;
-    let public: std::collections::BTreeSet<(&str, &str)> =
-        endpoints.iter().filter(|row| row.access == "public").map(|row| (row.method.as_str(), row.path.as_str())).collect();
+    let public: std::collections::BTreeSet<(&str, &str)> = endpoints
+        .iter()
+        .filter(|row| row.access == "public")
+        .map(|row| (row.method.as_str(), row.path.as_str()))
+        .collect();
     let listed = PUBLIC.into_iter().collect();
     ensure!(public == listed, "public: {public:?}");
     Ok(())
@@ -77,7 +80,12 @@ async fn nobody_gets_in_without_a_valid_token() -> anyhow::Result<()> {
 async fn absent_and_malformed_ids_are_the_same_answer() -> anyhow::Result<()> {
     let stack = Stack::start().await?;
     let mut answers = std::collections::BTreeSet::new();
-    for id in [TenantId::new().to_string(), "x".to_owned(), "..%2f".to_owned(), "999BC654-9A64-49BC-98BE-DB976FC84E76".to_owned()] {
+    for id in [
+        TenantId::new().to_string(),
+        "x".to_owned(),
+        "..%2f".to_owned(),
+        "999BC654-9A64-49BC-98BE-DB976FC84E76".to_owned(),
+    ] {
         for rest in ["", "/status", "/events", "/logs", "/registry-token"] {
             let request = stack.client().get(format!("{}/api/v1/tenants/{id}{rest}", stack.api_url()));
             let answer = request.bearer_auth(stack.token().expose()).send().await?;

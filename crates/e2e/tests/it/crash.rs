@@ -11,12 +11,17 @@ const DEPLOY: [&str; 6] = ["verify", "launch", "probe", "switch", "retire", "fin
 const DELETE: [&str; 6] = ["settle", "stop", "destroy", "database", "images", "forget"];
 
 fn points(workflow: &str, steps: &[&str]) -> Vec<String> {
-    let each = steps.iter().flat_map(|step| BOUNDARIES.iter().map(move |boundary| format!("{workflow}.{step}.{boundary}")));
+    let each =
+        steps.iter().flat_map(|step| BOUNDARIES.iter().map(move |boundary| format!("{workflow}.{step}.{boundary}")));
     each.collect()
 }
 
 /// Kills the control plane at every point in turn, each time finishing the work of the one before up to there.
-async fn through(stack: &mut Stack, points: &[String], begin: impl AsyncFnOnce(&Stack) -> anyhow::Result<()>) -> anyhow::Result<()> {
+async fn through(
+    stack: &mut Stack,
+    points: &[String],
+    begin: impl AsyncFnOnce(&Stack) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     stack.terminate()?;
     let (first, rest) = points.split_first().context("points")?;
     stack.serve(&Start { crash_point: Some(first), ..Start::default() })?;
@@ -55,7 +60,8 @@ async fn deploy_converges_from_every_boundary() -> anyhow::Result<()> {
     let tenant = stack.provision("crashing").await?;
     stack.deploy(&tenant).await?;
     let second = TestApp { behaviour: "healthy", text: "second" }.push(&stack, &tenant).await?;
-    through(&mut stack, &points("deploy_tenant", &DEPLOY), async |stack| second.submit(stack, &tenant).await.map(drop)).await?;
+    through(&mut stack, &points("deploy_tenant", &DEPLOY), async |stack| second.submit(stack, &tenant).await.map(drop))
+        .await?;
     stack.wait_status(&tenant, "running").await?;
     settled(&stack, &[tenant.id], &[tenant.id]).await?;
     until("the second release is served", async || {
@@ -87,7 +93,8 @@ async fn killing_postgres_and_everything_else_loses_nothing() -> anyhow::Result<
     stack.kill()?;
     stack.kill_clusters()?;
     stack.serve(&Start::default())?;
-    until("the tenant answers again", async || stack.get(&tenant, "/").await.is_ok_and(|(status, _)| status == 200)).await?;
+    until("the tenant answers again", async || stack.get(&tenant, "/").await.is_ok_and(|(status, _)| status == 200))
+        .await?;
     settled(&stack, &[tenant.id], &[tenant.id]).await
 }
 
@@ -117,7 +124,9 @@ async fn a_failing_deploy_unwinds_from_every_boundary() -> anyhow::Result<()> {
     let tenant = stack.provision("crashing").await?;
     stack.deploy(&tenant).await?;
     let bad = TestApp { behaviour: "crash", text: "" }.push(&stack, &tenant).await?;
-    let undos = ["launch", "verify"].iter().flat_map(|step| BOUNDARIES.iter().map(move |at| format!("deploy_tenant.{step}.undo_{at}")));
+    let undos = ["launch", "verify"]
+        .iter()
+        .flat_map(|step| BOUNDARIES.iter().map(move |at| format!("deploy_tenant.{step}.undo_{at}")));
     let mut operation = String::new();
     through(&mut stack, &undos.collect::<Vec<_>>(), async |stack| {
         operation = bad.submit(stack, &tenant).await?;

@@ -59,7 +59,8 @@ async fn a_kill_of_the_control_plane_loses_no_line_and_no_request() -> anyhow::R
         let Ok(output) = output else { return false };
         let Ok(json) = output.json() else { return false };
         let lines = json["data"]["logs"].as_array().cloned().unwrap_or_default();
-        let number = |line: &serde_json::Value| line["message"].as_str()?.strip_prefix("line ")?.get(..6)?.parse::<u32>().ok();
+        let number =
+            |line: &serde_json::Value| line["message"].as_str()?.strip_prefix("line ")?.get(..6)?.parse::<u32>().ok();
         numbers = lines.iter().filter_map(number).collect();
         numbers.last() == Some(&99_999)
     })

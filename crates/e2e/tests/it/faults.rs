@@ -211,7 +211,7 @@ fn big_layer(stack: &Stack, image: &mut systemprompt_oci::BuiltImage) -> anyhow:
     let mut seed = 1u64;
     for byte in &mut content {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        *byte = (seed >> 33) as u8;
+        *byte = seed.to_be_bytes()[0];
     }
     let path = stack.data().join("big-layer");
     fs::write(&path, &content)?;

@@ -63,7 +63,13 @@ fn targets(stack: &Stack) -> anyhow::Result<BTreeSet<String>> {
     // Loopback inside the tenant is its own: everything but its own port.
     targets.extend(ports.iter().filter(|port| **port != 8080).map(|port| format!("127.0.0.1:{port}")));
     let sockets = fs::read_to_string("/proc/net/unix")?;
-    targets.extend(sockets.lines().filter_map(|line| line.split_whitespace().nth(7)).filter(|path| path.starts_with('/')).map(|path| format!("unix:{path}")));
+    targets.extend(
+        sockets
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(7))
+            .filter(|path| path.starts_with('/'))
+            .map(|path| format!("unix:{path}")),
+    );
     Ok(targets)
 }
 

@@ -81,8 +81,14 @@ async fn a_late_subscriber_reads_every_event_once_and_in_order() -> anyhow::Resu
     let stack = Stack::start().await?;
     let tenant = stack.provision("events").await?;
     let names = provisioning_events(&stack, tenant.id, None).await?;
-    let wanted =
-        ["subscription_created", "tenant_created", "secrets_stored", "database_created", "infrastructure_ready", "tenant_ready"];
+    let wanted = [
+        "subscription_created",
+        "tenant_created",
+        "secrets_stored",
+        "database_created",
+        "infrastructure_ready",
+        "tenant_ready",
+    ];
     let kinds: Vec<&str> = names.iter().map(|(_, kind)| kind.as_str()).collect();
     ensure!(kinds == wanted, "{kinds:?}");
     let resumed = provisioning_events(&stack, tenant.id, Some(&names[2].0)).await?;
@@ -107,7 +113,9 @@ async fn provisioning_events(
     while !text.contains("tenant_ready") || !text.ends_with("\n\n") {
         text.push_str(std::str::from_utf8(&body.next().await.context("the stream ended early")??)?);
     }
-    let field = |frame: &str, name: &str| frame.lines().find_map(|line| line.strip_prefix(name).map(|rest| rest.trim().to_owned()));
+    let field = |frame: &str, name: &str| {
+        frame.lines().find_map(|line| line.strip_prefix(name).map(|rest| rest.trim().to_owned()))
+    };
     text.split("\n\n")
         .filter(|frame| frame.contains("data:"))
         .map(|frame| {

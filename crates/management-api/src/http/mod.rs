@@ -86,8 +86,12 @@ impl Endpoints {
 /// # Panics
 /// For a filter of several methods, and for methods that no endpoint has: at start, not at a request.
 fn name_of(method: MethodFilter) -> &'static str {
-    let names =
-        [(MethodFilter::GET, "GET"), (MethodFilter::POST, "POST"), (MethodFilter::PUT, "PUT"), (MethodFilter::DELETE, "DELETE")];
+    let names = [
+        (MethodFilter::GET, "GET"),
+        (MethodFilter::POST, "POST"),
+        (MethodFilter::PUT, "PUT"),
+        (MethodFilter::DELETE, "DELETE"),
+    ];
     let name = names.into_iter().find_map(|(filter, name)| (filter == method).then_some(name));
     name.expect("an endpoint has one method of GET, POST, PUT and DELETE")
 }
@@ -152,7 +156,8 @@ async fn entitle(app: &App, access: Access, params: &RawPathParams, request: &mu
         }
         Access::Checkout => {
             let id: CheckoutId = path_id(params, "checkout")?;
-            let buyer = crate::billing::buyer(app.db.pool(), id).await?.ok_or_else(|| Failure::not_found("checkout"))?;
+            let buyer =
+                crate::billing::buyer(app.db.pool(), id).await?.ok_or_else(|| Failure::not_found("checkout"))?;
             if buyer != principal.account && !principal.is_operator() {
                 return Err(Failure::not_found("checkout"));
             }
@@ -173,11 +178,7 @@ async fn entitle(app: &App, access: Access, params: &RawPathParams, request: &mu
     Ok(())
 }
 
-async fn visible_tenant(
-    app: &App,
-    principal: &Principal,
-    id: TenantId,
-) -> Result<store::Tenant, Failure> {
+async fn visible_tenant(app: &App, principal: &Principal, id: TenantId) -> Result<store::Tenant, Failure> {
     store::tenant(app.db.pool(), id)
         .await?
         .filter(|tenant| tenant.phase != TenantPhase::Deleted)

@@ -16,12 +16,12 @@ use tokio_util::sync::CancellationToken;
 
 const PASS: Duration = Duration::from_secs(5);
 /// Images are collected less often: that reads every manifest.
-const IMAGE_PASS: Duration = Duration::from_secs(3600);
+const IMAGE_PASS: Duration = Duration::from_hours(1);
 const KEPT_RELEASES: i64 = 10;
 /// Ended instances of a tenant whose output can still be read.
 const KEPT_OUTPUTS: i64 = 2;
 /// Blobs and uploads younger than this may belong to a push that still runs.
-const YOUNG: Duration = Duration::from_secs(24 * 3600);
+const YOUNG: Duration = Duration::from_hours(24);
 
 /// Runs passes until `stop`.
 pub(crate) async fn run(db: Db, infrastructure: Infrastructure, stop: CancellationToken) {

@@ -23,9 +23,9 @@ use tokio_util::sync::CancellationToken;
 
 const PASS: Duration = Duration::from_millis(500);
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 /// An instance that lived so long has its crashes forgiven.
-const STEADY: Duration = Duration::from_secs(120);
+const STEADY: Duration = Duration::from_mins(2);
 
 /// How often an instance ended lately, and when it may start again.
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +57,11 @@ fn decide(state: &InstanceState, record: Option<&CrashRecord>, now: Instant) -> 
         (InstanceState::Running { address, .. }, _) => Decision::Route(*address),
         (InstanceState::Starting, _) => Decision::Leave,
         (InstanceState::Exited { .. } | InstanceState::Absent, Some(record)) if record.not_before > record.started => {
-            if now >= record.not_before { Decision::Start } else { Decision::Leave }
+            if now >= record.not_before {
+                Decision::Start
+            } else {
+                Decision::Leave
+            }
         }
         (InstanceState::Exited { reason, .. }, Some(_)) => Decision::NoteExit(reason.clone()),
         // Not started by this process: the host or the control plane was restarted, which is nobody's crash.

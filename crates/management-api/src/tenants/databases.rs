@@ -47,7 +47,9 @@ impl TenantDatabases {
             .await?;
         systemprompt_workflow::crash_point("provision_tenant.database.after_role");
         if !self.exists(name).await? {
-            self.admin.execute(AssertSqlSafe(format!("CREATE DATABASE {name} OWNER {name} TEMPLATE template0"))).await?;
+            self.admin
+                .execute(AssertSqlSafe(format!("CREATE DATABASE {name} OWNER {name} TEMPLATE template0")))
+                .await?;
         }
         systemprompt_workflow::crash_point("provision_tenant.database.after_create");
         self.admin.execute(AssertSqlSafe(format!("REVOKE ALL ON DATABASE {name} FROM PUBLIC"))).await?;

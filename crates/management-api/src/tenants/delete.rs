@@ -1,7 +1,11 @@
 //! Deletion. The request itself takes the tenant out of every list and its host out of the routes; this workflow takes
 //! down what runs and, with `purge`, everything that is left. Deleting goes forward only: every step is repeated until it holds.
 
-use super::{FOREVER, provision::{Nothing, app_of, retry}, store};
+use super::{
+    FOREVER,
+    provision::{Nothing, app_of, retry},
+    store,
+};
 use crate::app::Infrastructure;
 use serde::{Deserialize, Serialize};
 use systemprompt_compute::DriverError;
@@ -59,11 +63,11 @@ async fn stop(cx: Cx, state: Nothing) -> Outcome {
 }
 
 async fn destroy(cx: Cx, state: Nothing) -> Outcome {
-    if cx.input.purge {
-        if let Some(tenant) = store::tenant(cx.db.pool(), cx.input.tenant).await? {
-            let app = app_of(&cx.app, &tenant).await.map_err(again)?;
-            cx.app.driver.destroy_app(&app).await.map_err(again)?;
-        }
+    if cx.input.purge
+        && let Some(tenant) = store::tenant(cx.db.pool(), cx.input.tenant).await?
+    {
+        let app = app_of(&cx.app, &tenant).await.map_err(again)?;
+        cx.app.driver.destroy_app(&app).await.map_err(again)?;
     }
     Ok(Completion::new(state))
 }

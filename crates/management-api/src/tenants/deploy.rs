@@ -12,7 +12,9 @@
 //! `switch` is the workflow's pivot: once it has committed the engine never unwinds.
 
 use super::{
-    FOREVER, databases, provision::{app_of, driver_error, internal}, routes, secrets,
+    FOREVER, databases,
+    provision::{app_of, driver_error, internal},
+    routes, secrets,
     state::TenantEvent,
     store::{self, Moved},
 };
@@ -115,7 +117,12 @@ async fn launch(cx: Cx, mut state: Progress) -> Outcome {
     let mut tx = cx.db.begin().await?;
     store::set_instance(&mut tx, deployment.id, Some(instance.as_str())).await?;
     state.instance = Some(instance);
-    Ok(told(&cx, Completion::in_tx(state, tx), DeploymentStep::Launch, "Started the new release beside the old one.".to_owned()))
+    Ok(told(
+        &cx,
+        Completion::in_tx(state, tx),
+        DeploymentStep::Launch,
+        "Started the new release beside the old one.".to_owned(),
+    ))
 }
 
 async fn undo_launch(cx: Cx, mut state: Progress) -> Outcome {
@@ -188,11 +195,13 @@ async fn switch(cx: Cx, mut state: Progress) -> Outcome {
     let generation = routes::publish(&mut tx, tenant.id, &slug.hostname(&cx.app.site.zone), Some(&route)).await?;
     store::make_live(&mut tx, tenant.id, cx.input.deployment).await?;
     state.generation = Some(generation);
-    state.old = old
-        .filter(|old| old.id != cx.input.deployment)
-        .and_then(|old| old.instance)
-        .map(InstanceHandle::new);
-    Ok(told(&cx, Completion::in_tx(state, tx), DeploymentStep::SwitchRoute, "Traffic goes to the new release.".to_owned()))
+    state.old = old.filter(|old| old.id != cx.input.deployment).and_then(|old| old.instance).map(InstanceHandle::new);
+    Ok(told(
+        &cx,
+        Completion::in_tx(state, tx),
+        DeploymentStep::SwitchRoute,
+        "Traffic goes to the new release.".to_owned(),
+    ))
 }
 
 /// Old requests end twice over: edges acknowledge a route only when the old upstream's requests are done (or a
@@ -329,11 +338,14 @@ fn unhealthy(within: Duration, last: &str) -> StepError {
     )
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "used as map_err(image_error)")]
 fn image_error(error: ImageError) -> StepError {
     let code = match &error {
         ImageError::NotFound => ErrorCode::ImageNotFound,
         ImageError::Store(_) => return StepError::Transient(error.to_string()),
         _ => ErrorCode::ImageInvalid,
     };
-    StepError::Permanent(ApiError::new(code, error.to_string()).hint("Build and push it again: systemprompt cloud deploy"))
+    StepError::Permanent(
+        ApiError::new(code, error.to_string()).hint("Build and push it again: systemprompt cloud deploy"),
+    )
 }

@@ -36,10 +36,12 @@ fn follow(
     subject: Subject,
     headers: &HeaderMap,
 ) -> Result<Sse<impl Stream<Item = Result<sse::Event, Infallible>> + use<>>, Failure> {
-    let after = EventId(last_event_id(headers)?.map_or(Ok(0), |id| id.parse()).map_err(|_| bad_id())?);
+    let after = EventId(last_event_id(headers)?.map_or(Ok(0), str::parse).map_err(|_| bad_id())?);
     let events = app.hub.subscribe(subject, after).filter_map(|next| async {
         match next {
-            Ok((id, event)) => Some(Ok(sse::Event::default().id(id.0.to_string()).event(event.name()).data(event.data()))),
+            Ok((id, event)) => {
+                Some(Ok(sse::Event::default().id(id.0.to_string()).event(event.name()).data(event.data())))
+            }
             Err(error) => {
                 // The subscription goes on by itself; the client loses nothing.
                 tracing::warn!(%error, "reading the event log");

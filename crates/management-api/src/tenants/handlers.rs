@@ -18,7 +18,7 @@ use crate::{
 };
 use axum::{
     Extension,
-    extract::{Query, State},
+    extract::{Path, Query, State},
     routing::MethodFilter,
 };
 use chrono::{TimeDelta, Utc};
@@ -51,6 +51,8 @@ pub(crate) fn endpoints(endpoints: Endpoints) -> Endpoints {
         .add(M::POST, "/api/v1/tenants/{id}/deploy", Access::Tenant, deploy)
         .add(M::GET, "/api/v1/checkout/{id}/events", Access::Checkout, follow::checkout_events)
         .add(M::GET, "/api/v1/operations/{id}", Access::Operation, operation)
+        .add(M::GET, "/api/v1/operations/parked", Access::Operator, parked)
+        .add(M::POST, "/api/v1/operations/{id}/retry", Access::Operator, retry_parked)
 }
 
 /// The tenants of an account as `/auth/me` lists them.
@@ -184,13 +186,11 @@ async fn deploy(
     let digest = pushed_digest(&app, &tenant, request.digest.as_deref()).await?;
     let id = DeploymentId::new();
     let workflow = DeployTenant { tenant: tenant.id, deployment: id };
-    let operation = enqueue(
-        &mut tx,
-        NewOperation { input: &workflow, subject: Subject::Tenant(tenant.id), key: &id.to_string() },
-    )
-    .await
-    .map_err(|error| Failure::internal(&error))?
-    .id;
+    let operation =
+        enqueue(&mut tx, NewOperation { input: &workflow, subject: Subject::Tenant(tenant.id), key: &id.to_string() })
+            .await
+            .map_err(|error| Failure::internal(&error))?
+            .id;
     let image = image.to_string();
     let new = NewDeployment { id, tenant: tenant.id, image: &image, digest: &digest, operation, key: &key };
     store::insert_deployment(&mut tx, &new).await?;
@@ -295,4 +295,37 @@ fn move_failure(error: store::MoveError) -> Failure {
 
 async fn operation(Extension(view): Extension<OperationView>) -> axum::Json<Data<OperationView>> {
     axum::Json(Data { data: view })
+}
+
+/// Operations that nobody will touch again by themselves: an undo failed, or a step behind a point of no return.
+async fn parked(State(app): State<App>) -> Result<axum::Json<Data<Vec<serde_json::Value>>>, Failure> {
+    let parked = systemprompt_workflow::stuck(&app.db).await?;
+    let data = parked
+        .into_iter()
+        .map(|parked| {
+            serde_json::json!({
+                "operation": parked.view,
+                "subject": parked.subject,
+                "step_error": parked.step_error,
+                "failure": parked.failure,
+            })
+        })
+        .collect();
+    Ok(axum::Json(Data { data }))
+}
+
+/// Lets a parked operation try again from where it stands.
+async fn retry_parked(
+    State(app): State<App>,
+    Path(id): Path<String>,
+) -> Result<axum::Json<Data<OperationView>>, Failure> {
+    let missing = || Failure::not_found("operation");
+    let id = id.parse().map_err(|_| missing())?;
+    let retried = systemprompt_workflow::retry_stuck(&app.db, id).await?;
+    let data = systemprompt_workflow::operation(&app.db, id).await?.ok_or_else(missing)?;
+    if !retried {
+        let message = format!("the operation is {} and not parked", data.status.as_str());
+        return Err(Failure::new(ErrorCode::Conflict, message));
+    }
+    Ok(axum::Json(Data { data }))
 }

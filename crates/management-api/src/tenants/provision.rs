@@ -76,7 +76,12 @@ async fn reserve(cx: Cx, state: Nothing) -> Outcome {
         },
     )
     .await?;
-    Ok(announced(&cx, Completion::in_tx(state, tx), ProvisioningEventType::TenantCreated, "Reserved the tenant's names."))
+    Ok(announced(
+        &cx,
+        Completion::in_tx(state, tx),
+        ProvisioningEventType::TenantCreated,
+        "Reserved the tenant's names.",
+    ))
 }
 
 /// The row stays, so that its owner can read why; everything else was undone before.
@@ -102,7 +107,12 @@ async fn undo_reserve(cx: Cx, state: Nothing) -> Outcome {
 async fn make_secrets(cx: Cx, state: Nothing) -> Outcome {
     let mut tx = cx.db.begin().await?;
     secrets::generate(&mut tx, &cx.app.seal, cx.input.tenant).await.map_err(internal)?;
-    Ok(announced(&cx, Completion::in_tx(state, tx), ProvisioningEventType::SecretsStored, "Generated and sealed its secrets."))
+    Ok(announced(
+        &cx,
+        Completion::in_tx(state, tx),
+        ProvisioningEventType::SecretsStored,
+        "Generated and sealed its secrets.",
+    ))
 }
 
 async fn undo_secrets(cx: Cx, state: Nothing) -> Outcome {
@@ -113,7 +123,8 @@ async fn undo_secrets(cx: Cx, state: Nothing) -> Outcome {
 
 async fn make_app(cx: Cx, state: Nothing) -> Outcome {
     let input = &cx.input;
-    let tenant = store::tenant(cx.db.pool(), input.tenant).await?.ok_or_else(|| internal("the tenant's row is gone"))?;
+    let tenant =
+        store::tenant(cx.db.pool(), input.tenant).await?.ok_or_else(|| internal("the tenant's row is gone"))?;
     let handle = app_of(&cx.app, &tenant).await.map_err(driver_error)?;
     let mut tx = cx.db.begin().await?;
     store::set_app_handle(&mut tx, input.tenant, Some(handle.as_str())).await?;
@@ -148,7 +159,8 @@ async fn publish_route(cx: Cx, state: Nothing) -> Outcome {
     let slug = cx.input.tenant.slug();
     let host = slug.hostname(&cx.app.site.zone);
     let mut tx = cx.db.begin().await?;
-    routes::publish(&mut tx, cx.input.tenant, &host, Some(&Route::Unavailable { slug, why: Why::AwaitingDeploy })).await?;
+    routes::publish(&mut tx, cx.input.tenant, &host, Some(&Route::Unavailable { slug, why: Why::AwaitingDeploy }))
+        .await?;
     Ok(Completion::in_tx(state, tx))
 }
 
@@ -225,7 +237,9 @@ fn event(cx: &Cx, event_type: ProvisioningEventType, message: &str, checkout: Op
 pub(super) fn driver_error(error: DriverError) -> StepError {
     match (error.next(), &error) {
         (Next::Retry, _) => StepError::Transient(error.to_string()),
-        (_, DriverError::Capacity { .. }) => StepError::Permanent(ApiError::new(ErrorCode::CapacityExhausted, error.to_string())),
+        (_, DriverError::Capacity { .. }) => {
+            StepError::Permanent(ApiError::new(ErrorCode::CapacityExhausted, error.to_string()))
+        }
         _ => StepError::Permanent(ApiError::new(ErrorCode::Internal, error.to_string())),
     }
 }

@@ -1,9 +1,9 @@
 //! Route rows. A change takes the next tick of `route_clock` in the caller's transaction, so generations
 //! commit in order and a follower that has seen N has seen everything below N.
 
+use sqlx::PgTransaction;
 use systemprompt_contract::{Hostname, TenantId};
 use systemprompt_edge::Route;
-use sqlx::PgTransaction;
 
 /// Channel on which followers wait.
 pub(crate) const CHANNEL: &str = "systemprompt_routes";

@@ -1,9 +1,9 @@
 //! A tenant's secrets: generated once, sealed in the database, opened only to start an instance.
 
 use crate::seal::Sealer;
+use sqlx::PgTransaction;
 use std::collections::BTreeMap;
 use systemprompt_contract::{Secret, TenantId, token};
-use sqlx::PgTransaction;
 
 /// Password of the tenant's database role; never handed to the instance by this name.
 pub(crate) const DATABASE_PASSWORD: &str = "DATABASE_PASSWORD";
@@ -25,11 +25,7 @@ pub(crate) enum SecretsError {
 ///
 /// # Errors
 /// Those of the database.
-pub(crate) async fn generate(
-    tx: &mut PgTransaction<'_>,
-    seal: &Sealer,
-    tenant: TenantId,
-) -> Result<(), SecretsError> {
+pub(crate) async fn generate(tx: &mut PgTransaction<'_>, seal: &Sealer, tenant: TenantId) -> Result<(), SecretsError> {
     let generated = [
         (DATABASE_PASSWORD, Secret::new(token::random_text())),
         (JWT_SECRET, Secret::new(format!("{}{}", token::random_text(), token::random_text()))),

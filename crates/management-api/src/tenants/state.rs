@@ -13,6 +13,8 @@
 //!
 //! A failed deploy leads back to what serves: `Running` when a release is live, else `AwaitingDeploy`.
 
+#![allow(clippy::doc_markdown, reason = "the table is read by a test, which wants plain names")]
+
 use chrono::{DateTime, Utc};
 use systemprompt_contract::{ApiError, ErrorCode, TenantPhase, TenantStatus};
 
@@ -42,11 +44,12 @@ pub(crate) struct IllegalTransition {
 pub(crate) fn apply(phase: TenantPhase, event: TenantEvent) -> Result<TenantPhase, IllegalTransition> {
     use {TenantEvent as E, TenantPhase as P};
     match (phase, event) {
-        (P::Provisioning, E::Ready) => Ok(P::AwaitingDeploy),
+        (P::Provisioning, E::Ready) | (P::Deploying, E::DeployFailed { release_is_live: false }) => {
+            Ok(P::AwaitingDeploy)
+        }
         (P::Provisioning, E::ProvisionFailed) => Ok(P::Failed),
         (P::AwaitingDeploy | P::Running | P::Stopped, E::DeployAsked) => Ok(P::Deploying),
         (P::Deploying, E::DeploySucceeded | E::DeployFailed { release_is_live: true }) => Ok(P::Running),
-        (P::Deploying, E::DeployFailed { release_is_live: false }) => Ok(P::AwaitingDeploy),
         (
             P::Provisioning | P::AwaitingDeploy | P::Deploying | P::Running | P::Stopped | P::Suspended | P::Failed,
             E::DeleteAsked,

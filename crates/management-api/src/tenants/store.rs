@@ -59,7 +59,6 @@ impl From<TenantPhase> for StoredPhase {
 pub(crate) struct Tenant {
     pub(crate) id: TenantId,
     pub(crate) account: AccountId,
-    pub(crate) checkout: CheckoutId,
     pub(crate) name: String,
     pub(crate) region: Region,
     pub(crate) memory_mb: u32,
@@ -84,7 +83,6 @@ impl Tenant {
 struct TenantRow {
     id: Uuid,
     account_id: Uuid,
-    checkout_id: Uuid,
     name: String,
     region: String,
     memory_mb: i32,
@@ -102,7 +100,6 @@ impl From<TenantRow> for Tenant {
         Self {
             id: TenantId::from_uuid(row.id),
             account: AccountId::from_uuid(row.account_id),
-            checkout: CheckoutId::from_uuid(row.checkout_id),
             name: row.name,
             region: row.region.parse().unwrap_or_default(),
             memory_mb: row.memory_mb.unsigned_abs(),
@@ -121,7 +118,7 @@ macro_rules! select_tenants {
     ($condition:literal $(, $argument:expr)*) => {
         sqlx::query_as!(
             TenantRow,
-            r#"SELECT id, account_id, checkout_id, name, region, memory_mb, phase AS "phase: StoredPhase",
+            r#"SELECT id, account_id, name, region, memory_mb, phase AS "phase: StoredPhase",
                       active_operation, live_deployment, app_handle, failure, created_at, purge_after
                FROM tenants WHERE "# + $condition
             $(, $argument)*
@@ -257,27 +254,14 @@ pub(crate) async fn advance(
     Ok(phase)
 }
 
-/// `deployment_state` in PostgreSQL.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, sqlx::Type)]
-#[sqlx(type_name = "deployment_state", rename_all = "snake_case")]
-pub(crate) enum DeploymentState {
-    Pending,
-    Live,
-    Retired,
-    Failed,
-}
-
 /// A deployment's row; the release it makes.
 #[derive(Debug, Clone)]
 pub(crate) struct Deployment {
     pub(crate) id: DeploymentId,
-    pub(crate) tenant: TenantId,
     pub(crate) image: String,
     pub(crate) digest: Digest,
     pub(crate) operation: OperationId,
-    pub(crate) state: DeploymentState,
     pub(crate) instance: Option<String>,
-    pub(crate) failure: Option<String>,
     pub(crate) restarts: i32,
     pub(crate) last_exit: Option<String>,
     pub(crate) live_at: Option<DateTime<Utc>>,
@@ -285,13 +269,10 @@ pub(crate) struct Deployment {
 
 struct DeploymentRow {
     id: Uuid,
-    tenant_id: Uuid,
     image: String,
     digest: String,
     operation_id: Uuid,
-    state: DeploymentState,
     instance: Option<String>,
-    failure: Option<String>,
     restarts: i32,
     last_exit: Option<String>,
     live_at: Option<DateTime<Utc>>,
@@ -302,13 +283,10 @@ impl TryFrom<DeploymentRow> for Deployment {
     fn try_from(row: DeploymentRow) -> Result<Self, sqlx::Error> {
         Ok(Self {
             id: DeploymentId::from_uuid(row.id),
-            tenant: TenantId::from_uuid(row.tenant_id),
             image: row.image,
             digest: row.digest.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))?,
             operation: OperationId::from_uuid(row.operation_id),
-            state: row.state,
             instance: row.instance,
-            failure: row.failure,
             restarts: row.restarts,
             last_exit: row.last_exit,
             live_at: row.live_at,
@@ -320,8 +298,7 @@ macro_rules! select_deployments {
     ($condition:literal $(, $argument:expr)*) => {
         sqlx::query_as!(
             DeploymentRow,
-            r#"SELECT id, tenant_id, image, digest, operation_id, state AS "state: DeploymentState", instance, failure,
-                      restarts, last_exit, live_at
+            r#"SELECT id, image, digest, operation_id, instance, restarts, last_exit, live_at
                FROM deployments WHERE "# + $condition
             $(, $argument)*
         )
@@ -343,11 +320,14 @@ pub(crate) async fn live_deployment(pool: &PgPool, tenant: TenantId) -> Result<O
 
 /// The deployment whose instance's output is of interest: the pending one, else the newest.
 pub(crate) async fn newest_deployment(pool: &PgPool, tenant: TenantId) -> Result<Option<Deployment>, sqlx::Error> {
-    select_deployments!("tenant_id = $1 AND instance IS NOT NULL ORDER BY (state = 'live') DESC, created_at DESC LIMIT 1", tenant.uuid())
-        .fetch_optional(pool)
-        .await?
-        .map(Deployment::try_from)
-        .transpose()
+    select_deployments!(
+        "tenant_id = $1 AND instance IS NOT NULL ORDER BY (state = 'live') DESC, created_at DESC LIMIT 1",
+        tenant.uuid()
+    )
+    .fetch_optional(pool)
+    .await?
+    .map(Deployment::try_from)
+    .transpose()
 }
 
 /// An earlier deploy call with the same idempotency key.
@@ -365,7 +345,8 @@ pub(crate) async fn deployment_by_key(
 
 /// Deployments that may have an instance: pending and live ones of every tenant.
 pub(crate) async fn with_instance(pool: &PgPool) -> Result<Vec<DeploymentId>, sqlx::Error> {
-    let ids = sqlx::query_scalar!("SELECT id FROM deployments WHERE state IN ('pending', 'live')").fetch_all(pool).await?;
+    let ids =
+        sqlx::query_scalar!("SELECT id FROM deployments WHERE state IN ('pending', 'live')").fetch_all(pool).await?;
     Ok(ids.into_iter().map(DeploymentId::from_uuid).collect())
 }
 
@@ -440,7 +421,11 @@ pub(crate) async fn set_instance(
 }
 
 /// Makes `id` the tenant's live release and retires the one before it. Idempotent.
-pub(crate) async fn make_live(tx: &mut PgTransaction<'_>, tenant: TenantId, id: DeploymentId) -> Result<(), sqlx::Error> {
+pub(crate) async fn make_live(
+    tx: &mut PgTransaction<'_>,
+    tenant: TenantId,
+    id: DeploymentId,
+) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "UPDATE deployments SET state = 'retired', ended_at = now() WHERE tenant_id = $1 AND state = 'live' AND id <> $2",
         tenant.uuid(),
@@ -448,12 +433,9 @@ pub(crate) async fn make_live(tx: &mut PgTransaction<'_>, tenant: TenantId, id: 
     )
     .execute(&mut **tx)
     .await?;
-    sqlx::query!(
-        "UPDATE deployments SET state = 'live', live_at = coalesce(live_at, now()) WHERE id = $1",
-        id.uuid()
-    )
-    .execute(&mut **tx)
-    .await?;
+    sqlx::query!("UPDATE deployments SET state = 'live', live_at = coalesce(live_at, now()) WHERE id = $1", id.uuid())
+        .execute(&mut **tx)
+        .await?;
     sqlx::query!("UPDATE tenants SET live_deployment = $2 WHERE id = $1", tenant.uuid(), id.uuid())
         .execute(&mut **tx)
         .await?;
