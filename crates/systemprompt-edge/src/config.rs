@@ -54,8 +54,7 @@ pub struct Limits {
     pub head_bytes: usize,
     /// Fields of a request head beyond which the answer is 431.
     pub head_fields: usize,
-    /// How long a request head may take to arrive once its first byte came; on HTTP/1.1 also how long a
-    /// connection may stay idle between two requests when `idle` is longer.
+    /// How long a request head of HTTP/1.1 may take to arrive once its first byte came.
     pub head_timeout: Duration,
     /// How long a TLS handshake may take.
     pub handshake_timeout: Duration,
@@ -76,8 +75,9 @@ pub struct Limits {
     pub body_bytes_per_second: u64,
     /// Streams at once on one HTTP/2 connection.
     pub h2_streams: u32,
-    /// Frames that carry no work (PING, SETTINGS, PRIORITY, resets, empty DATA, CONTINUATION, window
-    /// updates beyond the data sent) one HTTP/2 connection may send in a burst; ten a second grow back.
+    /// Frames that carry no work (PING, SETTINGS, PRIORITY, empty DATA, CONTINUATION, window updates; a
+    /// reset counts five) one HTTP/2 connection may send in a burst. Ten grow back a second, and one for
+    /// each KiB sent to the client.
     pub h2_idle_frames: u32,
     /// How long a connection to an upstream may take.
     pub connect_timeout: Duration,

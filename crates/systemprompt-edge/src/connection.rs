@@ -141,6 +141,11 @@ impl Connection {
         .await;
     }
 
+    /// Ends the connection at once.
+    pub(crate) fn cut(&self) {
+        self.tell(Verdict::Cut);
+    }
+
     fn tell(&self, verdict: Verdict) {
         if self.verdict() != verdict {
             self.verdict.fetch_max(verdict as u8, Relaxed);

@@ -5,7 +5,7 @@
 //! and an upstream pool of its own, so that a request never crosses a core.
 //!
 //! ```text
-//! socket -> TLS (CertTable by SNI) -> [h1: framing gate] -> hyper -> service -> pool -> upstream
+//! socket -> TLS (CertTable by SNI) -> [h1: framing gate | h2: frame meter] -> hyper -> service -> pool -> upstream
 //! ```
 
 mod access;
@@ -17,6 +17,7 @@ mod config;
 mod connection;
 mod edge;
 mod exchange;
+mod flood;
 #[doc(hidden)]
 pub mod gate;
 mod headers;

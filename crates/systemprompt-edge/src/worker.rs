@@ -6,6 +6,7 @@ use crate::{
     config::EdgeConfig,
     connection::{Connection, Connections, Registered, Verdict},
     edge::{DrainReport, EdgeHandle},
+    flood::Metered,
     gate::{FIELD_SLOTS, Gate},
     pool::Pool,
     redirect::redirect,
@@ -300,7 +301,7 @@ impl Opened {
         let client = Arc::new(Client::new(Arc::clone(&worker), Arc::clone(&connection), client, sni, served));
         let limits = &worker.config.limits;
         let result = if is_h2 {
-            let io = TokioIo::new(*stream);
+            let io = TokioIo::new(Metered::new(*stream, limits.h2_idle_frames, Arc::clone(&connection)));
             let service = service_fn(move |request| Arc::clone(&client).serve(request));
             let mut connected = std::pin::pin!(h2_builder(&worker.config).serve_connection(io, service));
             drive(&connection, connected.as_mut(), http2::Connection::graceful_shutdown).await

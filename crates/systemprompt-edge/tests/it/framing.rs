@@ -316,19 +316,8 @@ async fn a_malformed_http2_request_is_refused() {
 async fn raw_h2(edge: &TestEdge, fields: &[(&str, &str)]) -> Option<u16> {
     use tokio::io::AsyncReadExt;
     let mut stream = edge.tls(Some(A), &["h2"]).await;
-    let mut block = Vec::new();
-    let pseudo = [(":method", "GET"), (":scheme", "https"), (":path", "/x"), (":authority", A)];
-    for (name, value) in pseudo.iter().chain(fields) {
-        // Literal without indexing, new name, no Huffman (RFC 7541, 6.2.2).
-        block.push(0);
-        for text in [name, value] {
-            block.push(u8::try_from(text.len()).expect("short"));
-            block.extend_from_slice(text.as_bytes());
-        }
-    }
-    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
-    bytes.extend(frame(4, 0, 0, &[]));
-    bytes.extend(frame(1, 0x5, 1, &block));
+    let mut bytes = H2_PREFACE.to_vec();
+    bytes.extend(h2_frame(1, 0x5, 1, &h2_get(fields)));
     stream.write_all(&bytes).await.expect("write");
     loop {
         let mut head = [0; 9];
@@ -342,13 +331,6 @@ async fn raw_h2(edge: &TestEdge, fields: &[(&str, &str)]) -> Option<u16> {
             _ => {}
         }
     }
-}
-
-fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
-    let length = u16::try_from(payload.len()).expect("short").to_be_bytes();
-    let mut frame = vec![0, length[0], length[1], kind, flags, 0, 0, 0, stream];
-    frame.extend_from_slice(payload);
-    frame
 }
 
 /// The status of a response's field block: from the static table (RFC 7541, appendix A), or a literal.

@@ -504,3 +504,30 @@ pub(crate) fn request(method: Method, uri: &str, fields: &[(&str, &str)]) -> Req
     }
     request.body(Full::default()).expect("request")
 }
+
+/// What an HTTP/2 client sends first: the preface and empty SETTINGS.
+pub(crate) const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+/// An HTTP/2 frame (RFC 9113, 4.1).
+pub(crate) fn h2_frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(payload.len()).expect("short").to_be_bytes();
+    let mut frame = vec![0, length[0], length[1], kind, flags];
+    frame.extend(stream.to_be_bytes());
+    frame.extend_from_slice(payload);
+    frame
+}
+
+/// The field block of `GET /x` for tenant [`A`] with more fields: literals without indexing, new names,
+/// no Huffman (RFC 7541, 6.2.2).
+pub(crate) fn h2_get(fields: &[(&str, &str)]) -> Vec<u8> {
+    let mut block = Vec::new();
+    let pseudo = [(":method", "GET"), (":scheme", "https"), (":path", "/x"), (":authority", A)];
+    for (name, value) in pseudo.iter().chain(fields) {
+        block.push(0);
+        for text in [name, value] {
+            block.push(u8::try_from(text.len()).expect("short"));
+            block.extend_from_slice(text.as_bytes());
+        }
+    }
+    block
+}

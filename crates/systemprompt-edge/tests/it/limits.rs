@@ -180,3 +180,42 @@ async fn a_slow_stream_of_the_app_is_not_idle() {
     let body = edge.h2(Some(A)).await.send_request(ask).await.expect("h2").into_body();
     assert_eq!(body.collect().await.expect("body").to_bytes(), "slow");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn floods_of_http2_frames_are_cut_and_others_are_served_meanwhile() {
+    let a = Server::echo("a").await;
+    let edge = TestEdge::start(&nobody(), [tenant(A, &a.upstream)], |config| config.workers = 1).await;
+    let get = h2_get(&[]);
+    let repeated = |frame: Vec<u8>| move |_: u32| frame.clone();
+    let floods: Vec<(&str, Vec<u8>, Box<dyn Fn(u32) -> Vec<u8> + Send>)> = vec![
+        ("PING", vec![], Box::new(repeated(h2_frame(6, 0, 0, &[0; 8])))),
+        ("SETTINGS", vec![], Box::new(repeated(h2_frame(4, 0, 0, &[])))),
+        ("PRIORITY", vec![], Box::new(repeated(h2_frame(2, 0, 1, &[0, 0, 0, 3, 1])))),
+        ("WINDOW_UPDATE", vec![], Box::new(repeated(h2_frame(8, 0, 0, &[0, 0, 0, 1])))),
+        ("empty DATA", h2_frame(1, 4, 1, &get), Box::new(repeated(h2_frame(0, 0, 1, &[])))),
+        ("CONTINUATION", h2_frame(1, 0, 1, &get), Box::new(repeated(h2_frame(9, 0, 1, &[])))),
+        (
+            "rapid reset",
+            vec![],
+            Box::new(move |number| {
+                let stream = 2 * number + 1;
+                [h2_frame(1, 5, stream, &h2_get(&[])), h2_frame(3, 0, stream, &[0, 0, 0, 8])].concat()
+            }),
+        ),
+    ];
+    for (what, begin, frame) in floods {
+        let mut stream = edge.tls(Some(A), &["h2"]).await;
+        stream.write_all(&[H2_PREFACE, &begin].concat()).await.expect("write");
+        let (mut read, mut write) = tokio::io::split(stream);
+        let sink = tokio::spawn(async move { tokio::io::copy(&mut read, &mut tokio::io::sink()).await });
+        let mut sent = 0;
+        while sent < 20_000 && write.write_all(&frame(sent)).await.is_ok() && write.flush().await.is_ok() {
+            sent += 1;
+            if sent % 500 == 0 {
+                assert_eq!(edge.get(A, "/", "").await.status, 200, "{what}");
+            }
+        }
+        assert!(sent < 20_000, "{what} was never stopped");
+        timeout(DEADLINE, sink).await.expect("closed in time").expect("join").ok();
+    }
+}
