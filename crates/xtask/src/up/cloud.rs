@@ -166,6 +166,17 @@ impl Cloud {
         Ok(Deployed { wall, build: Duration::from_millis(build) })
     }
 
+    /// Forgets the layers that earlier deploys have built, as in a project that was never deployed.
+    pub(crate) fn forget_layers(&self) -> Result<()> {
+        let cache = self.installation.project().join(".systemprompt/cache");
+        match fs::remove_dir_all(&cache) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot remove {}", cache.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Changes one file of the sample's site.
     pub(crate) fn change_example(&self) -> Result<()> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
