@@ -2,7 +2,7 @@
 
 use super::{
     host, image,
-    instance::Inner,
+    instance::{Asker, Inner, group},
     layout::{private_directory, read_record, write_record},
     lock::FileLock,
     logs,
@@ -53,13 +53,19 @@ impl Inner {
         Ok(())
     }
 
-    /// Takes the installation's firewall rules and empty control groups away.
+    /// Takes the installation's firewall rules away, and the control groups of all instances that have ended.
     pub(crate) fn remove_rules(&self) -> Result<(), DriverError> {
         let _installation = FileLock::exclusive(&self.layout.installation_lock())?;
         if let Some(networks) = &self.networks {
             networks.remove_rules()?;
         }
         if let Some(cgroups) = &self.cgroups {
+            for key in self.keys()? {
+                let found = self.look(&key, Asker::Bystander)?;
+                if found.is_none_or(|found| matches!(found.stage, Stage::Exited(_)) && !found.init_alive) {
+                    cgroups.remove(&group(&key))?;
+                }
+            }
             cgroups.remove_installation();
         }
         Ok(())
@@ -71,7 +77,7 @@ impl Inner {
         // Against a shutdown that has just seen the last instance end.
         let _installation = FileLock::exclusive(&self.layout.installation_lock())?;
         for key in self.keys()? {
-            let found = self.look(&key, super::instance::Asker::Bystander)?;
+            let found = self.look(&key, Asker::Bystander)?;
             if found.is_some_and(|found| matches!(found.stage, Stage::Running { .. })) {
                 return Ok(networks.repair_rules()?);
             }

@@ -57,6 +57,15 @@ impl Host {
 
     /// After the last app's end nothing of this installation may exist but the data directory.
     pub(crate) fn check_nothing_left(&self) {
+        self.check_nothing_outside();
+        for directory in ["apps", "images", "trash"] {
+            let left: Vec<_> = fs::read_dir(self.data().join(directory)).expect(directory).flatten().collect();
+            assert!(left.is_empty(), "{directory}: {left:?}");
+        }
+    }
+
+    /// After a shutdown, files are all that is left.
+    pub(crate) fn check_nothing_outside(&self) {
         let id = self.id();
         for (program, arguments) in [
             ("iptables-save", vec![]),
@@ -70,10 +79,6 @@ impl Host {
             assert!(left.is_empty(), "{program} {arguments:?}: {left:?}");
         }
         assert_eq!(processes_of(&self.data()), Vec::<String>::new());
-        for directory in ["apps", "images", "trash"] {
-            let left: Vec<_> = fs::read_dir(self.data().join(directory)).expect(directory).flatten().collect();
-            assert!(left.is_empty(), "{directory}: {left:?}");
-        }
     }
 }
 

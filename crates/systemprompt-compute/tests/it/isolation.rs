@@ -229,8 +229,7 @@ async fn two_installations_leave_each_other_alone() {
 
     // A shutdown leaves files and takes the rest; a launch brings everything back.
     second.shutdown(Duration::from_secs(5)).await.expect("a shutdown");
-    let rules = Command::new("iptables-save").output().expect("iptables-save");
-    assert!(!String::from_utf8_lossy(&rules.stdout).contains(&two.id()));
+    two.check_nothing_outside();
     second.launch(&b.app, &b.spec).await.expect("a launch");
     assert_eq!(running(&second, &b.instance).await, b.address, "the same address");
     b.healthy().await;
