@@ -158,16 +158,27 @@ pub async fn active_for(executor: impl PgExecutor<'_>, subject: Subject) -> Resu
     Ok(ids.into_iter().map(OperationId::from_uuid).collect())
 }
 
-/// Gives up every lease that `worker` holds, so that its operations are adopted at once.
+/// Gives up every lease that `worker` holds, so that its operations are adopted at once; says how many.
 ///
-/// Only for a caller who knows that no process of that name runs: whatever such a process still wrote would be refused,
-/// since the next claim raises the fence, but its effects outside the database would go on beside the adopter's.
+/// Only for a caller who knows that no process of that name runs. Whatever such a process still wrote, heartbeats
+/// included, would be refused; its effects outside of the database would go on beside the adopter's.
 ///
 /// # Errors
-/// Those of the database. Idempotent.
+/// The database refused or does not answer.
 pub async fn release_leases(db: &Db, worker: &str) -> Result<u64, sqlx::Error> {
-    let released = sqlx::query!("UPDATE operations SET worker = NULL, lease_until = NULL WHERE worker = $1", worker);
-    Ok(released.execute(db.pool()).await?.rows_affected())
+    let released = sqlx::query!(
+        r#"
+        WITH released AS (
+            UPDATE operations SET worker = NULL, lease_until = NULL WHERE worker = $1 RETURNING id
+        )
+        SELECT pg_notify($2, '') FROM released
+        "#,
+        worker,
+        CHANNEL,
+    )
+    .fetch_all(db.pool())
+    .await?;
+    Ok(u64::try_from(released.len()).unwrap_or(u64::MAX))
 }
 
 /// A parked operation, for operators.

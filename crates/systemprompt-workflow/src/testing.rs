@@ -4,7 +4,7 @@
 //! the world afterwards. Give them a database of their own: their engine takes whatever of the workflow is queued.
 
 use crate::{
-    Db, Engine, EngineConfig, NewOperation, Step, StepError, Workflow, enqueue, operation, retry_stuck,
+    Db, Engine, EngineConfig, NewOperation, Step, StepError, Workflow, enqueue, operation, release_leases, retry_stuck,
     step::{Undo, boxed},
 };
 use std::{
@@ -19,6 +19,8 @@ use systemprompt_contract::{ApiError, ErrorCode, OperationId, OperationStatus, O
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+/// The name of the helpers' engines.
+const WORKER: &str = "testing";
 /// How long one operation may take.
 const PATIENCE: Duration = Duration::from_mins(1);
 
@@ -243,7 +245,7 @@ async fn restarts<S: World>(db: &Db, world: Arc<S>, restart: Restart) -> Result<
         return Err("the step was never reached".to_owned());
     }
     match moment {
-        Moment::Before | Moment::After => running.crash(db, id).await?,
+        Moment::Before | Moment::After => running.crash(db).await?,
         Moment::Committed => running.ended().await?,
     }
     let second = altered::<S>(unwinding);
@@ -292,7 +294,13 @@ impl Running {
     }
 
     fn start_with<S: World>(db: &Db, world: &S, steps: Vec<Step<S::Workflow>>, stop: CancellationToken) -> Self {
-        let config = EngineConfig { poll: Duration::from_millis(100), ..EngineConfig::default() };
+        let config = EngineConfig {
+            poll: Duration::from_millis(100),
+            // Short, should a claim that was under way at a crash still come in.
+            lease: Duration::from_secs(2),
+            heartbeat: Duration::from_millis(500),
+            ..EngineConfig::new(WORKER)
+        };
         let engine = Engine::new(db.clone(), config).register_steps::<S::Workflow>(world.context(), steps);
         Self { task: tokio::spawn(engine.run(stop.clone())), stop }
     }
@@ -321,14 +329,11 @@ impl Running {
     }
 
     /// As a SIGKILL would, and the lease's time passes at once.
-    async fn crash(self, db: &Db, id: OperationId) -> Result<(), String> {
+    async fn crash(self, db: &Db) -> Result<(), String> {
         self.task.abort();
         let _ = self.task.await;
-        sqlx::query("UPDATE operations SET lease_until = clock_timestamp() WHERE id = $1 AND worker IS NOT NULL")
-            .bind(id.uuid())
-            .execute(db.pool())
-            .await
-            .map_err(|error| error.to_string())?;
+        // Not by its deadline: a heartbeat that was under way may still come in and push that.
+        release_leases(db, WORKER).await.map_err(|error| error.to_string())?;
         Ok(())
     }
 }
