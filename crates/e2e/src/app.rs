@@ -46,6 +46,16 @@ impl TestApp<'_> {
         push(stack, tenant, &self.build(stack)?).await
     }
 
+    /// Makes it the tenant's live release.
+    ///
+    /// # Errors
+    /// With the operation's view, when it does not become that.
+    pub async fn release(&self, stack: &Stack, tenant: &TenantRef) -> anyhow::Result<()> {
+        let view = self.deploy(stack, tenant).await?;
+        ensure!(view["status"] == "succeeded", "{view}\n{}", stack.log_tail());
+        Ok(())
+    }
+
     /// Builds, pushes and submits, and waits for the end of the operation, whichever it is.
     ///
     /// # Errors

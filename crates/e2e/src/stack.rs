@@ -454,15 +454,23 @@ impl Stack {
     /// # Errors
     /// When the program cannot be started; its own failure is in the output.
     pub async fn cli_as_is(&self, directory: &Path, arguments: &[&str]) -> anyhow::Result<CliOutput> {
-        let mut command = tokio::process::Command::new(program("systemprompt")?);
-        command.current_dir(directory).args(arguments).stdin(Stdio::null()).kill_on_drop(true);
-        command.env("SYSTEMPROMPT_CA_FILE", self.ca_file()).env("XDG_CACHE_HOME", self.directory.path().join("cache"));
-        let output = command.output().await.context("running systemprompt")?;
+        let output = self.cli_command(directory, arguments)?.output().await.context("running systemprompt")?;
         Ok(CliOutput {
             ok: output.status.success(),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         })
+    }
+
+    /// The command line, ready to be started in a directory; for who watches it while it runs.
+    ///
+    /// # Errors
+    /// When it was not built.
+    pub fn cli_command(&self, directory: &Path, arguments: &[&str]) -> anyhow::Result<tokio::process::Command> {
+        let mut command = tokio::process::Command::new(program("systemprompt")?);
+        command.current_dir(directory).args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+        command.env("SYSTEMPROMPT_CA_FILE", self.ca_file()).env("XDG_CACHE_HOME", self.directory.path().join("cache"));
+        Ok(command)
     }
 
     fn sign_in(&self, directory: &Path) -> anyhow::Result<()> {

@@ -7,9 +7,10 @@
 //! | `sick` | answers every path with 500 |
 //! | `silent` | listens and never answers |
 //! | `lines` | healthy, and writes 10 MB of numbered lines as soon as `/write` is asked for |
+//! | `mortal` | healthy, and ends with code 9 when asked for `/die` |
 //! | `dial` | healthy; `/dial` tries every `host:port` or `unix:path` of the query and lists those that answered |
 
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it is an app: its output is under test")]
+#![allow(clippy::print_stdout, clippy::print_stderr, clippy::exit, reason = "it is an app: its output is under test")]
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -70,6 +71,7 @@ fn serve(connection: TcpStream, behaviour: &str, text: &str) {
                 thread::spawn(write_lines);
                 "writing".to_owned()
             }
+            "/die" if behaviour == "mortal" => std::process::exit(9),
             "/dial" if behaviour == "dial" => dial(query),
             _ => text.to_owned(),
         };

@@ -8,14 +8,13 @@ async fn an_edge_alone_serves_from_its_snapshot_with_everything_else_dead() -> a
     let mut stack = Stack::start().await?;
     let tenant = stack.provision("survivor").await?;
     let app = TestApp { behaviour: "healthy", text: "alive" };
-    ensure!(app.deploy(&stack, &tenant).await?["status"] == "succeeded");
+    app.release(&stack, &tenant).await?;
     stack.terminate()?;
 
     // The edge as a process of its own, following a control plane without one.
     stack.serve_edge()?;
     stack.serve(&Start { without_edge: true, ..Start::default() })?;
-    let second = TestApp { behaviour: "healthy", text: "alive again" }.deploy(&stack, &tenant).await?;
-    ensure!(second["status"] == "succeeded", "{second}");
+    TestApp { behaviour: "healthy", text: "alive again" }.release(&stack, &tenant).await?;
     let (status, body) = stack.get(&tenant, "/").await?;
     ensure!(status == 200 && body == "alive again", "{status} {body}");
 
@@ -39,7 +38,7 @@ async fn a_kill_of_the_control_plane_loses_no_line_and_no_request() -> anyhow::R
     let mut stack = Stack::start().await?;
     let tenant = stack.provision("writer").await?;
     let app = TestApp { behaviour: "lines", text: "writing" };
-    ensure!(app.deploy(&stack, &tenant).await?["status"] == "succeeded");
+    app.release(&stack, &tenant).await?;
     stack.terminate()?;
     stack.serve_edge()?;
     stack.serve(&Start { without_edge: true, ..Start::default() })?;

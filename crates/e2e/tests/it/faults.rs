@@ -1,7 +1,7 @@
 //! Bad input and missing things: an error that says what to do, and nothing lost.
 
 use anyhow::ensure;
-use e2e::{Stack, Start, TestApp, World, push};
+use e2e::{Stack, Start, TestApp, World, push, until};
 use reqwest::Method;
 use serde_json::json;
 use std::{fs, process::Command};
@@ -11,8 +11,7 @@ use systemprompt_contract::paths;
 async fn a_deploy_that_fails_leaves_the_old_release_serving() -> anyhow::Result<()> {
     let stack = Stack::start_with(&Start { arguments: &["--healthy-within", "2"], ..Start::default() }).await?;
     let tenant = stack.provision("careful").await?;
-    let first = TestApp { behaviour: "healthy", text: "first" }.deploy(&stack, &tenant).await?;
-    ensure!(first["status"] == "succeeded", "{first}");
+    TestApp { behaviour: "healthy", text: "first" }.release(&stack, &tenant).await?;
 
     for (behaviour, code) in [("crash", "app_crashed"), ("sick", "app_unhealthy"), ("silent", "app_unhealthy")] {
         let failed = TestApp { behaviour, text: "second" }.deploy(&stack, &tenant).await?;
@@ -106,6 +105,47 @@ fn without_entrypoint(image: &mut systemprompt_oci::BuiltImage) -> anyhow::Resul
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn two_deploys_at_once_are_one_and_a_conflict_or_the_same() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("twice").await?;
+    let pushed = TestApp { behaviour: "healthy", text: "once" }.push(&stack, &tenant).await?;
+    let url = format!("{}{}", stack.api_url(), paths::tenant(tenant.id, "/deploy"));
+    let call = |key: &'static str| {
+        let body = json!({ "image": pushed.image, "digest": pushed.digest });
+        let request = stack.client().post(&url).bearer_auth(stack.token().expose()).header("idempotency-key", key);
+        async move {
+            let answer = request.json(&body).send().await?;
+            let status = answer.status().as_u16();
+            anyhow::Ok((status, answer.json::<serde_json::Value>().await?))
+        }
+    };
+    let (first, again, other) = tokio::try_join!(call("one"), call("one"), call("two"))?;
+    let accepted: Vec<_> = [&first, &again, &other].into_iter().filter(|(status, _)| *status == 202).collect();
+    let refused: Vec<_> = [&first, &again, &other].into_iter().filter(|(status, _)| *status == 409).collect();
+    ensure!(!accepted.is_empty() && accepted.len() + refused.len() == 3, "{first:?} {again:?} {other:?}");
+    let operations: std::collections::BTreeSet<String> =
+        accepted.iter().map(|(_, body)| body["data"]["operation_id"].to_string()).collect();
+    ensure!(operations.len() == 1, "one operation: {operations:?}");
+    ensure!(refused.iter().all(|(_, body)| body["error"]["code"] == "operation_in_progress"), "{refused:?}");
+    stack.wait_status(&tenant, "running").await?;
+    World::look(&stack).await?.check(&[tenant.id], &[tenant.id])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_that_dies_is_started_again_and_its_owner_is_told_why() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("mortal").await?;
+    TestApp { behaviour: "mortal", text: "back" }.release(&stack, &tenant).await?;
+    let died = stack.get(&tenant, "/die").await;
+    ensure!(died.as_ref().map_or(true, |(status, _)| *status == 502), "{died:?}");
+    until("it answers again", async || stack.get(&tenant, "/").await.is_ok_and(|(status, _)| status == 200)).await?;
+    let status = stack.call(Method::GET, &paths::tenant(tenant.id, "/status"), None).await?;
+    let message = status["data"]["message"].as_str().unwrap_or_default();
+    ensure!(message.contains("code 9") && status["data"]["status"] == "running", "{status}");
+    World::look(&stack).await?.check(&[tenant.id], &[tenant.id])
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn names_with_odd_characters_are_kept_or_refused_with_a_reason() -> anyhow::Result<()> {
     let stack = Stack::start().await?;
     let kept = "Zoë's «shop» — 北京 \"x\" <b>'; DROP TABLE tenants; --";
@@ -181,7 +221,7 @@ async fn a_full_disk_while_pushing_is_said_and_nothing_is_lost() -> anyhow::Resu
     let mut stack = Stack::start().await?;
     let tenant = stack.provision("full").await?;
     let app = TestApp { behaviour: "healthy", text: "fits" };
-    ensure!(app.deploy(&stack, &tenant).await?["status"] == "succeeded");
+    app.release(&stack, &tenant).await?;
     stack.terminate()?;
     let registry = stack.data().join("registry");
     let size: u64 = directory_size(&registry)?;
@@ -198,8 +238,7 @@ async fn a_full_disk_while_pushing_is_said_and_nothing_is_lost() -> anyhow::Resu
     ensure!(error.contains("disk") && error.contains("full"), "{error}");
     let (status, body) = stack.get(&tenant, "/").await?;
     ensure!(status == 200 && body == "fits", "{status} {body}");
-    let again = TestApp { behaviour: "healthy", text: "fits" }.deploy(&stack, &tenant).await?;
-    ensure!(again["status"] == "succeeded", "a push that fits still goes through: {again}");
+    TestApp { behaviour: "healthy", text: "fits" }.release(&stack, &tenant).await?;
     stack.terminate()?;
     drop(mount);
     Ok(())

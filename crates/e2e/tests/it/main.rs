@@ -1,8 +1,10 @@
 //! The whole stack, as a person and as an attacker would use it.
 
 mod access;
+mod browser;
 mod crash;
 mod edge;
 mod faults;
 mod neighbours;
+mod registry;
 mod spine;

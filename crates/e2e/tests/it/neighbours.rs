@@ -9,9 +9,9 @@ use systemprompt_contract::TenantId;
 async fn a_tenant_reaches_no_other_listener_of_the_machine() -> anyhow::Result<()> {
     let stack = Stack::start().await?;
     let victim = stack.provision("victim").await?;
-    ensure!(TestApp { behaviour: "healthy", text: "victim" }.deploy(&stack, &victim).await?["status"] == "succeeded");
+    TestApp { behaviour: "healthy", text: "victim" }.release(&stack, &victim).await?;
     let attacker = stack.provision("attacker").await?;
-    ensure!(TestApp { behaviour: "dial", text: "attacker" }.deploy(&stack, &attacker).await?["status"] == "succeeded");
+    TestApp { behaviour: "dial", text: "attacker" }.release(&stack, &attacker).await?;
     World::look(&stack).await?.check(&[victim.id, attacker.id], &[victim.id, attacker.id])?;
 
     let own = "127.0.0.1:8080";

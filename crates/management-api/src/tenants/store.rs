@@ -481,3 +481,82 @@ pub(crate) async fn note_exit(pool: &PgPool, id: DeploymentId, exit: &str) -> Re
     .fetch_one(pool)
     .await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::{Role, testing::TestDatabase};
+    use systemprompt_contract::CheckoutId;
+
+    async fn tenant_row(database: &TestDatabase) -> TenantId {
+        let account = database.account("ada@example.com", Role::Member).await.id;
+        let (id, checkout) = (TenantId::new(), CheckoutId::new());
+        sqlx::query(
+            "INSERT INTO checkouts (id, account_id, price_id, plan_name, memory_mb, volume_gb, region, tenant_name)
+             VALUES ($1, $2, 'p', 'Plan', 1, 1, 'iad', 't')",
+        )
+        .bind(checkout.uuid())
+        .bind(account.uuid())
+        .execute(database.db.pool())
+        .await
+        .unwrap();
+        let name = "t".parse().unwrap();
+        let operation = OperationId::new();
+        let new = NewTenant { id, account, checkout, name: &name, region: Region::Iad, memory_mb: 1, operation };
+        let mut tx = database.db.begin().await.unwrap();
+        insert(&mut tx, &new).await.unwrap();
+        insert(&mut tx, &new).await.unwrap();
+        advance(&mut tx, id, TenantEvent::Ready, Moved::default()).await.unwrap();
+        tx.commit().await.unwrap();
+        id
+    }
+
+    /// Deploys `releases` images one after the other and returns their digests, oldest first.
+    async fn release(database: &TestDatabase, tenant: TenantId, releases: u8) -> Vec<Digest> {
+        let mut digests = Vec::new();
+        for number in 0..releases {
+            let (id, operation, digest) = (DeploymentId::new(), OperationId::new(), Digest::of(&[number]));
+            let key = id.to_string();
+            let new = NewDeployment { id, tenant, image: "i", digest: &digest, operation, key: &key };
+            let mut tx = database.db.begin().await.unwrap();
+            insert_deployment(&mut tx, &new).await.unwrap();
+            let moved = Moved { operation: Some(operation), ..Moved::default() };
+            advance(&mut tx, tenant, TenantEvent::DeployAsked, moved).await.unwrap();
+            tx.commit().await.unwrap();
+            let mut tx = database.db.begin().await.unwrap();
+            make_live(&mut tx, tenant, id).await.unwrap();
+            advance(&mut tx, tenant, TenantEvent::DeploySucceeded, Moved::default()).await.unwrap();
+            tx.commit().await.unwrap();
+            digests.push(digest);
+        }
+        digests
+    }
+
+    #[tokio::test]
+    async fn the_ten_newest_releases_keep_their_images() {
+        let database = TestDatabase::start().await;
+        let tenant = tenant_row(&database).await;
+        let digests = release(&database, tenant, 13).await;
+        let mut kept: Vec<Digest> =
+            kept_images(database.db.pool(), 10).await.unwrap().into_iter().map(|(_, digest)| digest).collect();
+        let mut newest = digests[3..].to_vec();
+        kept.sort();
+        newest.sort();
+        assert_eq!(kept, newest);
+        let live = live_deployment(database.db.pool(), tenant).await.unwrap().unwrap();
+        assert_eq!(live.digest, digests[12]);
+        assert_eq!(recently_ended(database.db.pool(), 2).await.unwrap().len(), 2);
+        assert_eq!(with_instance(database.db.pool()).await.unwrap(), [live.id]);
+    }
+
+    #[tokio::test]
+    async fn a_phase_moves_only_as_the_machine_allows() {
+        let database = TestDatabase::start().await;
+        let tenant = tenant_row(&database).await;
+        let mut tx = database.db.begin().await.unwrap();
+        let refused = advance(&mut tx, tenant, TenantEvent::DeploySucceeded, Moved::default()).await;
+        assert!(matches!(refused, Err(MoveError::Illegal(_))), "{refused:?}");
+        let gone = advance(&mut tx, TenantId::new(), TenantEvent::Ready, Moved::default()).await;
+        assert!(matches!(gone, Err(MoveError::Gone)), "{gone:?}");
+    }
+}
