@@ -194,7 +194,7 @@ async fn park<W: Workflow>(tools: &Tools, phase: Phase, reason: String) -> End {
     let because = ApiError::new(ErrorCode::Internal, reason)
         .hint("run the version that started it, or resume the operation once it is mended");
     let Some(phase) = phase.park(because) else { return End::Written };
-    let change = OperationChange { phase: &phase, state: None, keep: Keep::Lease };
+    let change = OperationChange { phase: &phase, state: None, keep: Keep::Lease, can_cancel: false };
     let saved = async {
         let mut connection = tools.db.pool().acquire().await?;
         store::save_operation(&mut connection, tools.ticket.lease, change).await
@@ -393,7 +393,12 @@ impl<W: Workflow> Run<W> {
             None => self.db.begin().await?,
         };
         let lease = self.ticket.lease;
-        let change = OperationChange { phase: next.phase(), state: write.state, keep: write.keep };
+        let change = OperationChange {
+            phase: next.phase(),
+            state: write.state,
+            keep: write.keep,
+            can_cancel: next.can_cancel(),
+        };
         if !store::save_operation(&mut tx, lease, change).await? {
             return Err(End::Lost);
         }

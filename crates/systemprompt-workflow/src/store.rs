@@ -208,6 +208,8 @@ pub(crate) struct OperationChange<'a> {
     /// `None` leaves the stored one.
     pub(crate) state: Option<Value>,
     pub(crate) keep: Keep,
+    /// A cancellation would be heard: then it also ends a pause that begins with this write.
+    pub(crate) can_cancel: bool,
 }
 
 /// What becomes of the lease with a write.
@@ -247,7 +249,8 @@ pub(crate) async fn save_operation(
             state = coalesce($7, state),
             worker = CASE WHEN $8 THEN worker END,
             lease_until = CASE WHEN $8 THEN clock_timestamp() + make_interval(secs => $9) END,
-            available_at = clock_timestamp() + make_interval(secs => $10),
+            available_at = clock_timestamp()
+                + CASE WHEN $12 AND cancel_requested THEN interval '0' ELSE make_interval(secs => $10) END,
             finished_at = CASE WHEN $11 THEN clock_timestamp() END
         WHERE id = $1 AND fence = $2 AND worker IS NOT NULL
         "#,
@@ -262,6 +265,7 @@ pub(crate) async fn save_operation(
         lease.length.as_secs_f64(),
         pause.as_secs_f64(),
         matches!(status, OperationStatus::Succeeded | OperationStatus::Failed),
+        change.can_cancel,
     )
     .execute(connection)
     .await?;

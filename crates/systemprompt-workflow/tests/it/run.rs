@@ -284,12 +284,20 @@ async fn a_deaf_step_is_dropped_where_it_waits() {
 #[tokio::test]
 async fn a_cancellation_ends_a_backoff() {
     let lab = Lab::new().await;
-    let id = lab.enqueue(&Slow {}).await;
     let _worker = Worker::start::<Slow>(&lab.db, ());
-    wait_until("it backs off", async || lab.journal(id).await == ["slow started 1"]).await;
-    cancel(&lab, id).await;
-    let view = lab.until(id, is(OperationStatus::Failed)).await;
-    assert_eq!(view.error.unwrap().code, ErrorCode::Cancelled);
+    let backing_off = "SELECT worker IS NULL FROM operations WHERE id = $1";
+    for already in [true, false] {
+        let id = lab.enqueue(&Slow {}).await;
+        // Both when the pause has begun and when the cancellation comes in just before it.
+        wait_until("it has begun", async || lab.journal(id).await == ["slow started 1"]).await;
+        wait_until("it backs off", async || {
+            !already || sqlx::query_scalar(backing_off).bind(id.uuid()).fetch_one(lab.db.pool()).await.unwrap()
+        })
+        .await;
+        cancel(&lab, id).await;
+        let view = lab.until(id, is(OperationStatus::Failed)).await;
+        assert_eq!(view.error.unwrap().code, ErrorCode::Cancelled);
+    }
 }
 
 /// Backs off for an hour.
