@@ -149,6 +149,8 @@ pub async fn follow_checkout(
     within: Duration,
     sink: &mut CheckoutSink<'_>,
 ) -> Result<CheckoutOutcome, CheckoutError> {
+    // A stream waits for a cloud that is away; whoever asks for the first time should learn it at once.
+    client.checkout(checkout).await?;
     let events = client.checkout_events(checkout);
     let wait = wait_for_infrastructure(events, checkout, sink);
     tokio::time::timeout(within, wait).await.unwrap_or(Err(CheckoutError::NotYet { checkout, within }))

@@ -18,7 +18,7 @@ pub(crate) struct Session {
 impl Settings {
     /// The client of whoever is signed in here. The token goes to the API that issued it and to no other.
     pub(crate) fn session(&self, printer: &Printer) -> Result<Session, CliError> {
-        let credentials = self.credentials.load()?;
+        let credentials = self.credentials()?.load()?;
         let api_url = self.api_url.clone().unwrap_or_else(|| credentials.api_url.clone());
         let token = credentials.token_for(&api_url)?;
         match credentials.token_life(Utc::now()) {
@@ -36,7 +36,7 @@ impl Settings {
 
     /// The API to sign in to: the one asked for, else the one that was signed in to before, else production.
     pub(crate) fn sign_in_url(&self) -> ApiUrl {
-        let stored = || self.credentials.load().ok().map(|credentials| credentials.api_url);
+        let stored = || self.credentials().ok()?.load().ok().map(|credentials| credentials.api_url);
         self.api_url.clone().or_else(stored).unwrap_or_default()
     }
 

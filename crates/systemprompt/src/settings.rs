@@ -19,7 +19,6 @@ pub(crate) struct Settings {
     pub(crate) http: HttpOptions,
     /// Whether a person can be asked.
     pub(crate) interactive: bool,
-    pub(crate) credentials: CredentialsBootstrap,
 }
 
 impl Settings {
@@ -31,7 +30,6 @@ impl Settings {
         let project = found.unwrap_or_else(|| Project::at(&here));
         let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
         let interactive = terminal && !global.non_interactive && !global.output().json;
-        let credentials = CredentialsBootstrap::find(project.credentials_path(), env)?;
         Ok(Self {
             project,
             in_project,
@@ -39,8 +37,12 @@ impl Settings {
             api_url: global.api_url,
             http: HttpOptions { ca_file: global.ca_file.map(|path| absolute(&here, path)) },
             interactive,
-            credentials,
         })
+    }
+
+    /// Where the credentials come from; asked only by commands that need any, so that a tenant's server runs without.
+    pub(crate) fn credentials(&self) -> Result<CredentialsBootstrap, CliError> {
+        Ok(CredentialsBootstrap::find(self.project.credentials_path(), env)?)
     }
 
     /// The profile in force, when there is one.

@@ -34,7 +34,7 @@ struct SignedInView {
 }
 
 pub(crate) async fn login(how: How, settings: &Settings, printer: &Printer) -> Result<(), CliError> {
-    let CredentialsBootstrap::File(path) = &settings.credentials else {
+    let CredentialsBootstrap::File(path) = &settings.credentials()? else {
         return Err(CliError::new("inside_a_tenant", "a tenant's instance is signed in by its environment"));
     };
     let api_url = settings.sign_in_url();
@@ -104,7 +104,7 @@ struct LogoutView {
 }
 
 pub(crate) async fn logout(yes: bool, settings: &Settings, printer: &Printer) -> Result<(), CliError> {
-    let CredentialsBootstrap::File(path) = &settings.credentials else {
+    let CredentialsBootstrap::File(path) = &settings.credentials()? else {
         return Err(CliError::new("inside_a_tenant", "a tenant's instance is signed in by its environment"));
     };
     let credentials = match CloudCredentials::load_from_path(path) {
@@ -147,7 +147,7 @@ struct WhoamiView {
 
 pub(crate) async fn whoami(settings: &Settings, printer: &Printer) -> Result<(), CliError> {
     let local_profiles = settings.project.profile_names().len();
-    let credentials = match settings.credentials.load() {
+    let credentials = match settings.credentials()?.load() {
         Err(error) if is_signed_out(&error) => None,
         other => Some(other?),
     };

@@ -23,6 +23,8 @@ pub(crate) async fn logs(request: Request, settings: &Settings, printer: &Printe
     let tenant = cloud_tenant(&settings.tenant_in_force(request.tenant.as_deref(), profile.as_ref())?)?;
     let Session { client, .. } = settings.session(printer)?;
     if request.follow {
+        // A stream waits for a cloud that is away; whoever asks for the first time should learn it at once.
+        client.status(tenant).await?;
         let mut follower = client.follow_logs(tenant, request.lines);
         loop {
             let line = follower.next().await?;

@@ -42,7 +42,7 @@ struct TenantRow {
 
 pub(crate) async fn status(asked: Option<&str>, settings: &Settings, printer: &Printer) -> Result<(), CliError> {
     let profile = settings.profile()?;
-    let status = match settings.credentials.load() {
+    let status = match settings.credentials()?.load() {
         Err(error) if is_signed_out(&error) => Status {
             profile: profile.map(ProfileView::from),
             credentials: CredentialsView { authenticated: false, user_email: None, token_expired: false },
