@@ -6,7 +6,7 @@ use crate::{
     config::Limits,
     connection::Connection,
     pool::Claim,
-    upstream::{self, Link},
+    upstream::{self, Link, SendError},
 };
 use http::{Method, Request, Response, header::UPGRADE};
 use hyper::body::Incoming;
@@ -91,10 +91,10 @@ pub(crate) async fn forward(
             link.detach();
         }
         let copy = (progress.is_none() && is_idempotent(request.method())).then(|| copy_head(&request));
-        let mut error = match timeout(limits.response_timeout, link.send(request)).await {
-            Err(_) => return Err(ForwardError::TimedOut),
-            Ok(Ok(response)) => return Ok((response, link)),
-            Ok(Err(error)) => error,
+        let mut error = match link.send(request).await {
+            Ok(response) => return Ok((response, link)),
+            Err(SendError::Late) => return Err(ForwardError::TimedOut),
+            Err(SendError::Http(error)) => error,
         };
         let again = error.take_message().or_else(|| copy.filter(|_| !link.is_answered()));
         match again {
@@ -106,10 +106,10 @@ pub(crate) async fn forward(
     if duplex {
         link.detach();
     }
-    match timeout(limits.response_timeout, link.send(request)).await {
-        Err(_) => Err(ForwardError::TimedOut),
-        Ok(Ok(response)) => Ok((response, link)),
-        Ok(Err(error)) => Err(failed(error.into_error())),
+    match link.send(request).await {
+        Ok(response) => Ok((response, link)),
+        Err(SendError::Late) => Err(ForwardError::TimedOut),
+        Err(SendError::Http(error)) => Err(failed(error.into_error())),
     }
 }
 
@@ -124,7 +124,7 @@ async fn ready_link(claim: &Claim) -> Option<Link> {
 }
 
 async fn connect(claim: &Claim, limits: &Limits) -> Result<Link, ForwardError> {
-    match timeout(limits.connect_timeout, upstream::connect(claim.upstream())).await {
+    match timeout(limits.connect_timeout, upstream::connect(claim.upstream(), claim.clock())).await {
         Ok(Ok(link)) => Ok(link),
         Ok(Err(upstream::ConnectError::Io(error))) => Err(ForwardError::Unreachable(error.to_string())),
         Ok(Err(upstream::ConnectError::Http(error))) => Err(ForwardError::Unreachable(error.to_string())),

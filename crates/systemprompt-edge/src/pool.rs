@@ -2,7 +2,7 @@
 
 use crate::{
     config::{Limits, Upstream},
-    upstream::Link,
+    upstream::{Clock, Link},
 };
 use std::{
     collections::HashMap,
@@ -20,6 +20,7 @@ pub(crate) struct Pool {
 }
 
 struct Shared {
+    clock: Arc<Clock>,
     idle: AtomicUsize,
     idle_max: usize,
     idle_per_upstream: usize,
@@ -45,6 +46,7 @@ struct Idle {
 impl Pool {
     pub(crate) fn new(limits: &Limits) -> Self {
         let shared = Shared {
+            clock: Arc::default(),
             idle: AtomicUsize::new(0),
             idle_max: limits.idle_upstreams,
             idle_per_upstream: limits.idle_per_upstream,
@@ -90,8 +92,10 @@ impl Pool {
         });
     }
 
-    /// Drops idle connections that were closed by the upstream or have survived `sweeps` calls.
-    pub(crate) fn sweep(&self, sweeps: u32) {
+    /// Drops idle connections that were closed by the upstream or have survived `sweeps` calls, and gives
+    /// up requests that have waited for an answer for more than `patience` calls.
+    pub(crate) fn sweep(&self, sweeps: u32, patience: u32) {
+        self.shared.clock.tick(u64::from(patience));
         lock(&self.origins).retain(|_, origin| {
             origin.keep(|idle| {
                 idle.sweeps += 1;
@@ -124,6 +128,11 @@ pub(crate) struct Claim {
 impl Claim {
     pub(crate) fn upstream(&self) -> &Upstream {
         &self.origin.upstream
+    }
+
+    /// What requests on this upstream wait by.
+    pub(crate) fn clock(&self) -> &Arc<Clock> {
+        &self.origin.shared.clock
     }
 
     /// The idle connection used last. It may have been closed since.

@@ -3,7 +3,7 @@
 use crate::{
     body::RequestBody,
     config::Upstream,
-    upstream::{self, ConnectError},
+    upstream::{self, ConnectError, SendError},
 };
 use bytes::{Bytes, BytesMut};
 use http::{
@@ -11,7 +11,7 @@ use http::{
     header::{CONNECTION, HOST, USER_AGENT},
 };
 use http_body_util::BodyExt;
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 use systemprompt_contract::Hostname;
 
 /// What an instance answered. An open port alone is never an answer.
@@ -70,16 +70,21 @@ pub async fn probe(
     timeout: Duration,
 ) -> Result<ProbeAnswer, ProbeError> {
     let late = || ProbeError::Timeout { upstream: upstream.clone(), timeout };
-    tokio::time::timeout(timeout, ask(upstream, host, path)).await.map_err(|_| late())?
+    tokio::time::timeout(timeout, ask(upstream, host, path, late)).await.map_err(|_| late())?
 }
 
-async fn ask(upstream: &Upstream, host: &Hostname, path: &str) -> Result<ProbeAnswer, ProbeError> {
+async fn ask(
+    upstream: &Upstream,
+    host: &Hostname,
+    path: &str,
+    late: impl Fn() -> ProbeError,
+) -> Result<ProbeAnswer, ProbeError> {
     let uri: Uri = path.parse().map_err(|_| ProbeError::Path(path.to_owned()))?;
     if !path.starts_with('/') || uri.path_and_query().is_none() {
         return Err(ProbeError::Path(path.to_owned()));
     }
     let protocol = |source| ProbeError::Protocol { upstream: upstream.clone(), source };
-    let mut link = upstream::connect(upstream).await.map_err(|error| match error {
+    let mut link = upstream::connect(upstream, &Arc::default()).await.map_err(|error| match error {
         ConnectError::Io(source) => ProbeError::Connect { upstream: upstream.clone(), source },
         ConnectError::Http(source) => protocol(source),
     })?;
@@ -91,7 +96,10 @@ async fn ask(upstream: &Upstream, host: &Hostname, path: &str) -> Result<ProbeAn
     headers.insert(USER_AGENT, HeaderValue::from_static("systemprompt-probe"));
     headers.insert(CONNECTION, HeaderValue::from_static("close"));
     link.detach();
-    let response = link.send(request).await.map_err(|error| protocol(error.into_error()))?;
+    let response = link.send(request).await.map_err(|error| match error {
+        SendError::Http(error) => protocol(error.into_error()),
+        SendError::Late => late(),
+    })?;
     let status = response.status().as_u16();
     let mut incoming = response.into_body();
     let mut body = BytesMut::new();

@@ -23,9 +23,9 @@ use std::{
     io,
     pin::{Pin, pin},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{
-            AtomicBool, AtomicU8,
+            AtomicBool, AtomicU8, AtomicU64,
             Ordering::{Relaxed, SeqCst},
         },
     },
@@ -63,14 +63,18 @@ impl Link {
     }
 
     /// Sends a request and waits for the head of its answer.
-    pub(crate) async fn send(
-        &mut self,
-        request: Request<RequestBody>,
-    ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
+    pub(crate) async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
         self.answered.store(false, Relaxed);
+        self.driver.relay.begin_waiting();
         self.driver.begin();
         let mut answer = pin!(self.sender.try_send_request(request));
-        poll_fn(|cx| self.driver.poll_with(cx, |cx| answer.as_mut().poll(cx))).await
+        let answer = poll_fn(|cx| match self.driver.poll_with(cx, |cx| answer.as_mut().poll(cx)) {
+            Poll::Pending if self.driver.relay.is_late() => Poll::Ready(Err(SendError::Late)),
+            answer => answer.map_err(|error| SendError::Http(Box::new(error))),
+        })
+        .await;
+        self.driver.relay.end_waiting();
+        answer
     }
 
     /// Whether anything came back since the last request.
@@ -100,6 +104,14 @@ impl Link {
     }
 }
 
+/// Why a request got no answer.
+pub(crate) enum SendError {
+    /// The patience with the upstream is at its end.
+    Late,
+    /// The connection failed; the request is in here if it never began to go out.
+    Http(Box<TrySendError<Request<RequestBody>>>),
+}
+
 /// Polls a connection on behalf of whoever waits for something that only the connection brings forward.
 struct Driver {
     /// `None`: a task drives the connection, or it is closed.
@@ -109,8 +121,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn new(connection: Connection<TokioIo<Watched>, RequestBody>) -> Self {
-        let relay = Arc::new(Relay { state: AtomicU8::new(RESTING), task: AtomicWaker::new() });
+    fn new(connection: Connection<TokioIo<Watched>, RequestBody>, relay: Arc<Relay>) -> Self {
         Self { connection: Some(Box::new(connection)), waker: Waker::from(Arc::clone(&relay)), relay }
     }
 
@@ -120,10 +131,10 @@ impl Driver {
     }
 
     fn poll_with<T>(&mut self, cx: &mut Context<'_>, mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
+        self.relay.task.register(cx.waker());
         if self.connection.is_none() {
             return poll(cx);
         }
-        self.relay.task.register(cx.waker());
         let waker = self.waker.clone();
         let mut cx = Context::from_waker(&waker);
         loop {
@@ -164,6 +175,61 @@ impl Driver {
 struct Relay {
     state: AtomicU8,
     task: AtomicWaker,
+    clock: Arc<Clock>,
+    /// The tick of the clock at which the wait for an answer began, [`NOT_WAITING`], or [`LATE`].
+    since: AtomicU64,
+}
+
+const NOT_WAITING: u64 = u64::MAX;
+const LATE: u64 = u64::MAX - 1;
+
+impl Relay {
+    fn begin_waiting(&self) {
+        self.since.store(self.clock.ticks.load(Relaxed), Relaxed);
+    }
+
+    fn end_waiting(&self) {
+        self.since.store(NOT_WAITING, Relaxed);
+    }
+
+    fn is_late(&self) -> bool {
+        self.since.load(Relaxed) == LATE
+    }
+}
+
+/// Keeps an eye on all connections that wait for an answer, so that no request needs a timer.
+#[derive(Default)]
+pub(crate) struct Clock {
+    ticks: AtomicU64,
+    relays: Mutex<Vec<Weak<Relay>>>,
+}
+
+impl Clock {
+    /// Another tick has gone by: requests that have waited for more than `patience` ticks are given up.
+    pub(crate) fn tick(&self, patience: u64) {
+        let now = self.ticks.fetch_add(1, Relaxed) + 1;
+        // A panic in here leaves the list whole.
+        self.relays.lock().unwrap_or_else(PoisonError::into_inner).retain(|relay| {
+            let Some(relay) = relay.upgrade() else { return false };
+            let since = relay.since.load(Relaxed);
+            if since < LATE && now - since > patience {
+                relay.since.store(LATE, Relaxed);
+                relay.task.wake();
+            }
+            true
+        });
+    }
+
+    fn relay(self: &Arc<Self>) -> Arc<Relay> {
+        let relay = Arc::new(Relay {
+            state: AtomicU8::new(RESTING),
+            task: AtomicWaker::new(),
+            clock: Arc::clone(self),
+            since: AtomicU64::new(NOT_WAITING),
+        });
+        self.relays.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&relay));
+        relay
+    }
 }
 
 /// Nobody polls: a wake goes to the task.
@@ -192,8 +258,8 @@ pub(crate) enum ConnectError {
     Http(hyper::Error),
 }
 
-/// Opens a connection.
-pub(crate) async fn connect(upstream: &Upstream) -> Result<Link, ConnectError> {
+/// Opens a connection, whose requests wait by `clock`.
+pub(crate) async fn connect(upstream: &Upstream, clock: &Arc<Clock>) -> Result<Link, ConnectError> {
     let answered = Arc::new(AtomicBool::new(false));
     let io = match upstream {
         Upstream::Tcp(address) => {
@@ -206,7 +272,7 @@ pub(crate) async fn connect(upstream: &Upstream) -> Result<Link, ConnectError> {
     let io = TokioIo::new(Watched { io, answered: Arc::clone(&answered) });
     let (sender, connection) =
         http1::Builder::new().max_buf_size(BUFFER_BYTES).handshake(io).await.map_err(ConnectError::Http)?;
-    Ok(Link { sender, driver: Driver::new(connection), answered })
+    Ok(Link { sender, driver: Driver::new(connection, clock.relay()), answered })
 }
 
 enum Socket {

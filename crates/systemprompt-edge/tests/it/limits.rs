@@ -181,13 +181,16 @@ async fn a_slow_stream_of_the_app_is_not_idle() {
     assert_eq!(body.collect().await.expect("body").to_bytes(), "slow");
 }
 
+/// Its name, what comes before it, and its n-th repetition.
+type Flood = (&'static str, Vec<u8>, Box<dyn Fn(u32) -> Vec<u8> + Send>);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn floods_of_http2_frames_are_cut_and_others_are_served_meanwhile() {
     let a = Server::echo("a").await;
     let edge = TestEdge::start(&nobody(), [tenant(A, &a.upstream)], |config| config.workers = 1).await;
     let get = h2_get(&[]);
     let repeated = |frame: Vec<u8>| move |_: u32| frame.clone();
-    let floods: Vec<(&str, Vec<u8>, Box<dyn Fn(u32) -> Vec<u8> + Send>)> = vec![
+    let floods: Vec<Flood> = vec![
         ("PING", vec![], Box::new(repeated(h2_frame(6, 0, 0, &[0; 8])))),
         ("SETTINGS", vec![], Box::new(repeated(h2_frame(4, 0, 0, &[])))),
         ("PRIORITY", vec![], Box::new(repeated(h2_frame(2, 0, 1, &[0, 0, 0, 3, 1])))),
