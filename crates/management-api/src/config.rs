@@ -184,8 +184,11 @@ impl Layout {
 }
 
 impl EdgeArguments {
-    pub(crate) fn site(&self, bound: u16) -> Site {
-        Site { zone: self.zone.clone(), https_port: self.public_port.unwrap_or(bound) }
+    /// The installation as clients see it; `bound` is the port an edge of this process has, if there is one.
+    pub(crate) fn site(&self, bound: impl Into<Option<u16>>) -> Site {
+        let listened = || self.https.addresses().first().map_or(443, SocketAddr::port);
+        let https_port = self.public_port.or(bound.into()).unwrap_or_else(listened);
+        Site { zone: self.zone.clone(), https_port }
     }
 }
 

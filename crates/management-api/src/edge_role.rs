@@ -3,6 +3,7 @@
 
 use crate::{
     certs::EdgeCertificate,
+    config::EdgeArguments,
     seal::{Sealer, private_file},
     tenants::routes::{self, ChangedRoute},
 };
@@ -15,7 +16,7 @@ use std::{
     time::Duration,
 };
 use systemprompt_contract::{Hostname, Secret};
-use systemprompt_edge::{CertTable, EdgeHandle, Route, RouteTable, Upstream};
+use systemprompt_edge::{BoundEdge, CertTable, Edge, EdgeConfig, EdgeHandle, Limits, Route, RouteTable, Upstream};
 use systemprompt_workflow::Db;
 use tokio::{
     sync::{mpsc, watch},
@@ -32,6 +33,10 @@ const HEARTBEAT: Duration = Duration::from_secs(3);
 const DRAIN_BOUND: Duration = Duration::from_secs(2);
 /// Between tries to reach the database.
 const RECONNECT: Duration = Duration::from_millis(500);
+/// How long open requests may take to end once the edge is told to stop.
+const DRAIN: Duration = Duration::from_secs(10);
+/// How long a request waits while its tenant is brought up.
+const HOLD: Duration = Duration::from_secs(10);
 const SNAPSHOT_CONTEXT: &str = "edge_snapshot";
 
 /// What an edge needs to serve without anybody: sealed in `edge/snapshot.sealed`, mode 0600.
@@ -72,29 +77,68 @@ impl Snapshot {
     }
 }
 
-/// Certificates as the edge takes them.
-///
-/// # Errors
-/// When chain and key do not fit.
-pub(crate) fn cert_table(certificates: &[EdgeCertificate]) -> anyhow::Result<CertTable> {
-    let certificates = certificates.iter().map(EdgeCertificate::for_edge).collect();
-    CertTable::new(certificates).context("the edge's certificates")
+/// What an edge starts with.
+pub(crate) struct EdgePlan {
+    pub(crate) table: RouteTable,
+    pub(crate) certificates: Vec<EdgeCertificate>,
+    pub(crate) snapshot_file: PathBuf,
+    pub(crate) platform: PathBuf,
+    pub(crate) seal: Arc<Sealer>,
+}
+
+impl EdgePlan {
+    /// Opens the listeners; the follower is what will feed the edge.
+    ///
+    /// # Errors
+    /// When an address is taken, and when chain and key of a certificate do not fit.
+    pub(crate) async fn bind(self, arguments: &EdgeArguments) -> anyhow::Result<(BoundEdge, Follower)> {
+        let certificates = self.certificates.iter().map(EdgeCertificate::for_edge).collect();
+        let certs = watch::Sender::new(Arc::new(CertTable::new(certificates).context("the edge's certificates")?));
+        let table = watch::Sender::new(Arc::new(self.table));
+        let config = edge_config(arguments, &self.platform);
+        let edge = Edge::new(config, table.subscribe(), certs.subscribe()).bind().await?;
+        let follower = Follower {
+            table,
+            edge: edge.handle(),
+            certificates: self.certificates,
+            snapshot_file: self.snapshot_file,
+            platform: self.platform,
+            database_url: String::new(),
+            seal: self.seal,
+        };
+        Ok((edge, follower))
+    }
+}
+
+fn edge_config(arguments: &EdgeArguments, platform: &Path) -> EdgeConfig {
+    EdgeConfig {
+        https: arguments.https.addresses(),
+        http: arguments.http.addresses(),
+        public_https_port: arguments.public_port.unwrap_or(0),
+        zone: arguments.zone.clone(),
+        workers: std::thread::available_parallelism().map_or(1, usize::from),
+        platform: Upstream::Unix(platform.to_owned()),
+        drain: DRAIN,
+        hold: HOLD,
+        limits: Limits::default(),
+    }
 }
 
 /// Feeds one edge. Owns the table's sending half.
 pub(crate) struct Follower {
-    pub(crate) table: watch::Sender<Arc<RouteTable>>,
-    pub(crate) edge: EdgeHandle,
-    pub(crate) certificates: Vec<EdgeCertificate>,
-    pub(crate) snapshot_file: PathBuf,
-    pub(crate) platform: PathBuf,
-    pub(crate) database_url: String,
-    pub(crate) seal: Arc<Sealer>,
+    table: watch::Sender<Arc<RouteTable>>,
+    edge: EdgeHandle,
+    certificates: Vec<EdgeCertificate>,
+    snapshot_file: PathBuf,
+    platform: PathBuf,
+    database_url: String,
+    seal: Arc<Sealer>,
 }
 
 impl Follower {
     /// Follows the database for as long as it is there and tries again when it is not; traffic goes on meanwhile.
-    pub(crate) async fn run(self, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, database_url: String, stop: CancellationToken) {
+        self.database_url = database_url;
         let id = Uuid::new_v4();
         loop {
             let followed = tokio::select! {

@@ -3,11 +3,13 @@
 mod app;
 mod billing;
 mod certs;
+mod commands;
 mod config;
 mod edge_role;
 mod http;
 mod identity;
 mod images;
+mod installation;
 mod reconcile;
 mod seal;
 mod serve;
@@ -25,5 +27,5 @@ fn main() -> ExitCode {
     if rustls::crypto::aws_lc_rs::default_provider().install_default().is_err() {
         tracing::debug!("a TLS provider was installed before");
     }
-    serve::run(config::Arguments::parse())
+    commands::run(config::Arguments::parse())
 }

@@ -9,7 +9,7 @@
 //! | form token = HMAC of the cookie | forms that were not given to this browser |
 
 use crate::{app::Site, http::error::Failure};
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue, Uri, header};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
@@ -99,6 +99,16 @@ fn is_own_origin(site: &Site, origin: &str) -> bool {
     [cloud.as_str(), "localhost", "127.0.0.1"]
         .iter()
         .any(|host| origin.strip_prefix("https://") == Some(site.authority(host).as_str()))
+}
+
+/// Where a page with a form stands, for a browser that asked for it under the API's name, as the command line's links
+/// have it: a form from there would have an Origin that is not the pages' own.
+pub(super) fn home_of(site: &Site, headers: &HeaderMap, uri: &Uri) -> Option<String> {
+    let called = headers.get(header::HOST)?.to_str().ok()?;
+    let name = called.rsplit_once(':').map_or(called, |(name, _)| name);
+    let api = site.zone.platform(PlatformHost::Api);
+    let path = uri.path_and_query()?;
+    name.eq_ignore_ascii_case(api.as_str()).then(|| format!("{}{path}", site.cloud_url()))
 }
 
 fn refused(why: &str) -> Failure {
@@ -195,6 +205,19 @@ mod tests {
         assert!(with(&format!("{COOKIE}="), &token).is_err());
         assert!(with("", &token).is_err());
         assert!(with(&cookie, "").is_err());
+    }
+
+    #[test]
+    fn only_a_page_under_the_apis_name_stands_elsewhere() {
+        let home = |host: &str| home_of(&site(), &headers(&[("host", host)]), &Uri::from_static("/login?state=x&a=%20"));
+        let there = "https://cloud.example.org:8443/login?state=x&a=%20";
+        for api in ["api.example.org:8443", "api.example.org", "API.example.org:8443"] {
+            assert_eq!(home(api).as_deref(), Some(there), "{api}");
+        }
+        for own in ["cloud.example.org:8443", "localhost:8443", "127.0.0.1:8443", "api.evil.example", ""] {
+            assert_eq!(home(own), None, "{own}");
+        }
+        assert_eq!(home_of(&site(), &HeaderMap::new(), &Uri::from_static("/login")), None);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use axum::{
         Form, Query, State,
         rejection::{FormRejection, QueryRejection},
     },
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
     response::{IntoResponse, Response},
 };
 use serde::Deserialize;
@@ -89,8 +89,12 @@ pub(super) struct SetupForm {
 pub(super) async fn show_login(
     State(identity): State<Identity>,
     headers: HeaderMap,
+    uri: Uri,
     query: Result<Query<AuthorizationQuery>, QueryRejection>,
 ) -> Response {
+    if let Some(url) = page_guard::home_of(&identity.site, &headers, &uri) {
+        return moved(&url);
+    }
     let authorization = query
         .map_err(|_| bad_link("expected redirect_uri, state, code_challenge and code_challenge_method, each once"))
         .and_then(|Query(query)| Authorization::parse(&query));
@@ -163,7 +167,10 @@ async fn signed_in_account(identity: &Identity, email: &str, password: Secret) -
 }
 
 /// `GET /setup`.
-pub(super) async fn show_setup(State(identity): State<Identity>, headers: HeaderMap) -> Response {
+pub(super) async fn show_setup(State(identity): State<Identity>, headers: HeaderMap, uri: Uri) -> Response {
+    if let Some(url) = page_guard::home_of(&identity.site, &headers, &uri) {
+        return moved(&url);
+    }
     match setup::is_open(identity.db.pool()).await {
         Ok(true) => {
             let session = FormSession::of(&headers);
@@ -269,6 +276,15 @@ fn redirect(location: &str) -> Response {
         (header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
         (header::SET_COOKIE, page_guard::EXPIRED_COOKIE),
     ];
+    (StatusCode::FOUND, headers).into_response()
+}
+
+/// The same page under the name that its form is accepted from. No cookie goes along: it would be another host's.
+fn moved(url: &str) -> Response {
+    let Ok(location) = HeaderValue::from_str(url) else {
+        return Failure::new(ErrorCode::BadRequest, "the address of the page is not a URL").into_response();
+    };
+    let headers = [(header::LOCATION, location), (header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
     (StatusCode::FOUND, headers).into_response()
 }
 

@@ -1,0 +1,152 @@
+//! The program's commands. `serve` has a module of its own; the others are short.
+
+use crate::{
+    app::Site,
+    config::{AccountArguments, Arguments, Command, DataArguments, EdgeArguments},
+    edge_role::{EdgePlan, Snapshot},
+    http,
+    identity::{self, NewAccount, Role},
+    installation::{
+        Clusters, lock_data, open_control_database, open_data, open_driver, open_registry, platform_socket,
+        remove_socket_directory, start_cluster,
+    },
+    seal::Sealer,
+    serve,
+};
+use anyhow::Context as _;
+use std::{io::IsTerminal as _, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use systemprompt_postgres::Access;
+use tokio_util::sync::CancellationToken;
+
+/// Runs one command to its end.
+pub(crate) fn run(arguments: Arguments) -> ExitCode {
+    start_logging();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&anyhow::Error::new(error).context("starting the runtime")),
+    };
+    let result = runtime.block_on(async {
+        match arguments.command {
+            Command::Serve(arguments) => serve::serve(arguments).await,
+            Command::Edge(arguments) => edge_alone(arguments).await,
+            Command::Stop(arguments) => stop_leftovers(&arguments).await,
+            Command::CreateAccount(arguments) => create_account(&arguments).await,
+            Command::Endpoints => print_endpoints(),
+        }
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+#[allow(clippy::print_stderr, reason = "the last words of a process that could not run")]
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
+}
+
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info,sqlx=warn".into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+/// An edge without anything else: serves from the snapshot, follows the database while it is there.
+async fn edge_alone(arguments: EdgeArguments) -> anyhow::Result<()> {
+    let layout = open_data(&arguments.data.data)?;
+    let seal = Arc::new(Sealer::load(&layout.seal_key())?);
+    let snapshot = Snapshot::load(&layout.edge_snapshot(), &seal)?.with_context(|| {
+        format!(
+            "there is no {} yet; run `management-api serve --data {}` first",
+            layout.edge_snapshot().display(),
+            layout.root().display()
+        )
+    })?;
+    let plan = EdgePlan {
+        table: snapshot.table(),
+        certificates: snapshot.certificates().to_vec(),
+        snapshot_file: layout.edge_snapshot(),
+        platform: snapshot.platform,
+        seal,
+    };
+    let (edge, follower) = plan.bind(&arguments).await?;
+    let stop = CancellationToken::new();
+    let following = tokio::spawn(follower.run(snapshot.database_url, stop.clone()));
+    let site = arguments.site(edge.https_addr().port());
+    announce(&site, Some(edge.https_addr()), &layout.ca().join("ca.pem"), None);
+    let serving = tokio::spawn(edge.serve(stop.clone()));
+    wait_for_signal().await?;
+    stop.cancel();
+    let report = serving.await.context("the edge")?;
+    tracing::info!(?report, "the edge has drained");
+    following.await.context("the edge's follower")
+}
+
+/// Stops instances and clusters of a control plane that is not running.
+async fn stop_leftovers(arguments: &DataArguments) -> anyhow::Result<()> {
+    let layout = open_data(&arguments.data)?;
+    let _lock = lock_data(&layout)?;
+    // Starting adopts what runs; a cluster that does not run is stopped again at once.
+    let clusters = Clusters::start(&layout).await?;
+    let seal = Sealer::load_or_create(&layout.seal_key())?;
+    let registry = open_registry(&layout, &seal)?;
+    let driver = open_driver(&layout, &registry, clusters.tenants.socket_dir(), true)?;
+    driver.shutdown(Duration::from_secs(10)).await?;
+    clusters.stop().await?;
+    remove_socket_directory(&platform_socket(&layout)?);
+    Ok(())
+}
+
+/// Beside a running `serve` as well as without one.
+#[allow(clippy::print_stdout, reason = "stdout is data")]
+async fn create_account(arguments: &AccountArguments) -> anyhow::Result<()> {
+    let mut password = zeroize::Zeroizing::new(String::new());
+    std::io::Read::read_to_string(&mut std::io::stdin().lock(), &mut password).context("reading the password")?;
+    let new = NewAccount {
+        email: arguments.email.parse()?,
+        password: password.trim_end_matches('\n').parse()?,
+        name: None,
+        role: if arguments.operator { Role::Operator } else { Role::Member },
+    };
+    let layout = open_data(&arguments.data.data)?;
+    let control = start_cluster(&layout, "control", Access::ControlPlane).await?;
+    let db = open_control_database(&control).await?;
+    let signed_in = identity::create_signed_in(&db, new).await?;
+    println!("{}", serde_json::to_string(&signed_in)?);
+    Ok(())
+}
+
+#[allow(clippy::print_stdout, reason = "stdout is data")]
+fn print_endpoints() -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(&http::endpoints().table())?);
+    Ok(())
+}
+
+/// One JSON line for whoever started us.
+#[allow(clippy::print_stdout, reason = "stdout is data: this line is the whole of it")]
+pub(crate) fn announce(site: &Site, https: Option<std::net::SocketAddr>, ca: &Path, setup_token_file: Option<&Path>) {
+    let ready = serde_json::json!({
+        "event": "ready",
+        "https": https.map(|address| address.to_string()),
+        "api_url": site.api_url(),
+        "ca_file": ca,
+        "setup_token_file": setup_token_file,
+    });
+    println!("{ready}");
+}
+
+pub(crate) async fn wait_for_signal() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

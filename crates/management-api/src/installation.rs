@@ -1,0 +1,165 @@
+//! What an installation has on this host: its directory and lock, clusters, sockets, registry, driver and database.
+
+use crate::{
+    config::{LAUNCHER, Layout},
+    images::RegistryImages,
+    seal::Sealer,
+    tenants::databases::SANDBOX_SOCKET_DIR,
+};
+use anyhow::Context as _;
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use systemprompt_compute::process::{Bind, ProcessConfig, ProcessDriver};
+use systemprompt_postgres::{Access, Cluster, ClusterConfig, Durability, StopMode};
+use systemprompt_registry::{Registry, RegistryConfig, TokenKey};
+use systemprompt_workflow::Db;
+use tokio::net::UnixListener;
+
+pub(crate) const CONTROL_DATABASE: &str = "systemprompt";
+const CONTROL_CONNECTIONS: u32 = 10;
+const MAX_BLOB_BYTES: u64 = 2 * 1024 * 1024 * 1024;
+const TENANT_QUOTA_BYTES: u64 = 10 * 1024 * 1024 * 1024;
+
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
+
+pub(crate) fn open_data(data: &Path) -> anyhow::Result<Layout> {
+    std::fs::create_dir_all(data).with_context(|| format!("making the data directory {}", data.display()))?;
+    let data = data.canonicalize().with_context(|| format!("finding the data directory {}", data.display()))?;
+    Ok(Layout::new(&data))
+}
+
+/// One control plane a data directory.
+pub(crate) fn lock_data(layout: &Layout) -> anyhow::Result<File> {
+    let path = layout.lock();
+    let file = File::create(&path).with_context(|| format!("opening {}", path.display()))?;
+    file.try_lock().map_err(|error| match error {
+        std::fs::TryLockError::WouldBlock => anyhow::anyhow!(
+            "the data directory {} is in use by another management-api; stop that one, or give another directory with --data",
+            layout.root().display()
+        ),
+        std::fs::TryLockError::Error(error) => anyhow::Error::new(error).context(format!("locking {}", path.display())),
+    })?;
+    Ok(file)
+}
+
+/// The two private clusters.
+pub(crate) struct Clusters {
+    pub(crate) control: Cluster,
+    pub(crate) tenants: Arc<Cluster>,
+}
+
+impl Clusters {
+    pub(crate) async fn start(layout: &Layout) -> anyhow::Result<Self> {
+        let (control, tenants) = tokio::try_join!(
+            start_cluster(layout, "control", Access::ControlPlane),
+            start_cluster(layout, "tenants", Access::Tenants),
+        )?;
+        Ok(Self { control, tenants: Arc::new(tenants) })
+    }
+
+    pub(crate) async fn stop(&self) -> anyhow::Result<()> {
+        tokio::try_join!(self.control.stop(StopMode::Fast), self.tenants.stop(StopMode::Fast))?;
+        for cluster in [&self.control, &*self.tenants] {
+            // Not while an instance lives, whose sandbox has this very directory bound into it: all are stopped.
+            let gone = std::fs::remove_dir(cluster.socket_dir());
+            tracing::debug!(?gone, "removed a cluster's socket directory");
+        }
+        Ok(())
+    }
+}
+
+pub(crate) async fn start_cluster(layout: &Layout, name: &str, access: Access) -> anyhow::Result<Cluster> {
+    let config = ClusterConfig {
+        name: name.to_owned(),
+        data: layout.cluster(name),
+        access,
+        settings: Vec::new(),
+        durability: Durability::Full,
+    };
+    Cluster::start(config).await.with_context(|| format!("starting the {name} database cluster"))
+}
+
+pub(crate) fn registry_key(seal: &Sealer) -> TokenKey {
+    TokenKey::from_bytes(&seal.derive("registry-token"))
+}
+
+pub(crate) fn open_registry(layout: &Layout, seal: &Sealer) -> anyhow::Result<Registry> {
+    let config = RegistryConfig {
+        root: layout.registry(),
+        max_blob_bytes: MAX_BLOB_BYTES,
+        tenant_quota_bytes: TENANT_QUOTA_BYTES,
+    };
+    Registry::open(config, registry_key(seal)).context("opening the registry")
+}
+
+pub(crate) fn open_driver(
+    layout: &Layout,
+    registry: &Registry,
+    postgres_socket: &Path,
+    unsafe_shared: bool,
+) -> anyhow::Result<ProcessDriver> {
+    let executable = std::env::current_exe().context("finding this program's own file")?;
+    let launcher = vec![executable.into(), LAUNCHER.into()];
+    let config = ProcessConfig {
+        binds: vec![Bind { host: postgres_socket.to_owned(), sandbox: PathBuf::from(SANDBOX_SOCKET_DIR) }],
+        unsafe_shared,
+        ..ProcessConfig::new(layout.compute(), launcher, Arc::new(RegistryImages::new(registry.clone())))
+    };
+    ProcessDriver::open(config).context("opening the process driver")
+}
+
+pub(crate) async fn open_control_database(control: &Cluster) -> anyhow::Result<Db> {
+    let bootstrap = Db::connect(&control.url("postgres"), 1).await?;
+    let exists = sqlx::query_scalar::<_, bool>("SELECT EXISTS (SELECT 1 FROM pg_database WHERE datname = $1)")
+        .bind(CONTROL_DATABASE)
+        .fetch_one(bootstrap.pool())
+        .await?;
+    if !exists {
+        sqlx::query("CREATE DATABASE systemprompt").execute(bootstrap.pool()).await?;
+    }
+    bootstrap.pool().close().await;
+    let db = Db::connect(&control.url(CONTROL_DATABASE), CONTROL_CONNECTIONS).await?;
+    MIGRATIONS.run(db.pool()).await.context("bringing the control database's schema up to date")?;
+    Ok(db)
+}
+
+/// A socket's path has at most 107 bytes, and a data directory may lie deep: a short name derived from it.
+pub(crate) fn platform_socket(layout: &Layout) -> anyhow::Result<PathBuf> {
+    use sha2::Digest as _;
+    use std::os::unix::{ffi::OsStrExt as _, fs::DirBuilderExt as _};
+    let digest = hex::encode(sha2::Sha256::digest(layout.root().as_os_str().as_bytes()));
+    let base = if rustix::process::geteuid().is_root() {
+        PathBuf::from("/run/systemprompt")
+    } else {
+        std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from).join("systemprompt")
+    };
+    let directory = base.join(format!("{}-platform", &digest[..8]));
+    std::fs::create_dir_all(&base).with_context(|| format!("making {}", base.display()))?;
+    match std::fs::DirBuilder::new().mode(0o700).create(&directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(error).with_context(|| format!("making {}", directory.display()))
+        }
+        _ => Ok(directory.join("platform.sock")),
+    }
+}
+
+pub(crate) fn bind_socket(path: &Path) -> anyhow::Result<UnixListener> {
+    // The data directory is locked, so whoever listened here is gone.
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("removing the old {}", path.display()));
+        }
+        _ => {}
+    }
+    UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))
+}
+
+/// Empty by now but for a socket that nobody listens on.
+pub(crate) fn remove_socket_directory(socket: &Path) {
+    let removed = std::fs::remove_file(socket);
+    let gone = socket.parent().map(std::fs::remove_dir);
+    tracing::debug!(?removed, ?gone, "removed the platform's socket");
+}
