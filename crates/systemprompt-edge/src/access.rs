@@ -1,13 +1,14 @@
 //! The access log: one line a request, under the target `access`; costs nothing while that is off.
 
+use http::HeaderValue;
 use std::time::Instant;
-use systemprompt_contract::{Hostname, RequestId, TenantSlug};
+use systemprompt_contract::{RequestId, TenantSlug};
 
 /// What is known about a request before its answer.
 pub(crate) struct Record {
     begun: Instant,
     id: RequestId,
-    host: Option<Hostname>,
+    host: Option<HeaderValue>,
     slug: Option<TenantSlug>,
     status: u16,
 }
@@ -19,7 +20,7 @@ impl Record {
             .then(|| Box::new(Self { begun: Instant::now(), id, host: None, slug: None, status: 0 }))
     }
 
-    pub(crate) fn host(&mut self, host: &Hostname) {
+    pub(crate) fn host(&mut self, host: &HeaderValue) {
         self.host = Some(host.clone());
     }
 
@@ -31,7 +32,7 @@ impl Record {
         self.status = status;
     }
 
-    /// Writes the line. A request that is broken off writes none here but with status 499.
+    /// Writes the line. A record that is dropped before writes it with status 499.
     pub(crate) fn finish(mut self) {
         self.write();
         self.status = WRITTEN;
@@ -39,7 +40,7 @@ impl Record {
 
     fn write(&self) {
         let slug = self.slug.as_ref().map_or("", TenantSlug::as_str);
-        let host = self.host.as_ref().map_or("", Hostname::as_str);
+        let host = self.host.as_ref().and_then(|host| host.to_str().ok()).unwrap_or_default();
         let duration_ms = self.begun.elapsed().as_secs_f64() * 1000.0;
         let (status, request_id) = (self.status, self.id);
         tracing::debug!(target: "access", { tenant.slug = slug, host, status, duration_ms, %request_id }, "request");

@@ -13,7 +13,7 @@ use hyper::body::Incoming;
 use std::sync::Arc;
 use tokio::time::timeout;
 
-/// A request in flight keeps its connection from counting as idle.
+/// A request in flight, a handshake or a tunnel: its connection does not count as idle.
 pub(crate) struct Activity(Arc<Connection>);
 
 impl Activity {

@@ -107,6 +107,9 @@ impl Client {
             Ok(found) => found,
             Err(problem) => return refuse(problem, &accept, id, record),
         };
+        if let Some(record) = &mut record {
+            record.host(&host);
+        }
         match self.route(&target, record.as_deref_mut()).await {
             Ok((claim, scope)) => {
                 self.forward(request, Forwarding { claim, scope, host, id, accept, activity, record }).await
@@ -167,11 +170,8 @@ impl Client {
         };
         let routes = self.worker.routes();
         let route = routes.lookup(host);
-        if let Some(record) = record {
-            record.host(host);
-            if let Some(Route::Tenant { slug, .. } | Route::Unavailable { slug, .. }) = route {
-                record.slug(slug);
-            }
+        if let (Some(record), Some(Route::Tenant { slug, .. } | Route::Unavailable { slug, .. })) = (record, route) {
+            record.slug(slug);
         }
         match route {
             Some(Route::Platform) => self.platform(),

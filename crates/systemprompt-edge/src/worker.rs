@@ -6,6 +6,7 @@ use crate::{
     config::EdgeConfig,
     connection::{Connection, Connections, Registered, Verdict},
     edge::{DrainReport, EdgeHandle},
+    exchange::Activity,
     flood::Metered,
     gate::{FIELD_SLOTS, Gate},
     pool::Pool,
@@ -276,7 +277,8 @@ async fn open(worker: &Worker, place: &Registered, stream: TcpStream, address: S
         return None;
     }
     let stream = Watched::new(stream, Arc::clone(&place.connection));
-    // The sweep must not take a handshake for an idle connection; it has its own timeout.
+    // A handshake has a timeout of its own: the sweep must not take it for an idle connection.
+    let _busy = Activity::begin(&place.connection);
     let handshake =
         timeout(worker.config.limits.handshake_timeout, TlsAcceptor::from(Arc::clone(&worker.tls)).accept(stream));
     tokio::select! {

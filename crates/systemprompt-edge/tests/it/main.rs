@@ -1,5 +1,6 @@
 //! The edge from outside: real TLS clients and raw sockets in front, real HTTP servers behind.
 
+mod access;
 mod answers;
 mod bind;
 mod drain;
