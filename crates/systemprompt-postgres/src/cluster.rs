@@ -224,7 +224,9 @@ fn remove_lock_files(layout: &Layout) -> Result<(), PostgresError> {
     socket_lock.push(".lock");
     for path in [layout.data.join("postmaster.pid"), PathBuf::from(socket_lock)] {
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(PostgresError::io("removing", &path)(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(PostgresError::io("removing", &path)(error));
+            }
             _ => {}
         }
     }

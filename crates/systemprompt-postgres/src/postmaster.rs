@@ -72,7 +72,8 @@ pub(crate) fn find(data: &Path) -> io::Result<Found> {
 pub(crate) fn wait_for_children(data: &Path, limit: Duration) -> io::Result<bool> {
     let deadline = Instant::now() + limit;
     loop {
-        let lives_there = |process: fs::DirEntry| fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd == data);
+        let lives_there =
+            |process: fs::DirEntry| fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd == data);
         if !fs::read_dir("/proc")?.flatten().any(lives_there) {
             return Ok(true);
         }
