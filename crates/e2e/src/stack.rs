@@ -374,13 +374,36 @@ impl Stack {
     /// # Errors
     /// When a call fails.
     pub async fn buy(&self, name: &str) -> anyhow::Result<TenantRef> {
+        let checkout = self.order(name).await?;
+        self.confirm(&checkout).await?;
+        self.bought(&checkout).await
+    }
+
+    /// A checkout that waits for its confirmation; returns its id.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub async fn order(&self, name: &str) -> anyhow::Result<String> {
         let request = serde_json::json!({ "price_id": "pri_standard", "region": "iad", "name": name });
         let created = self.call(reqwest::Method::POST, paths::CHECKOUT, Some(&request)).await?;
-        let checkout = created["checkout_session_id"].as_str().context("checkout_session_id")?;
-        let confirmed =
-            self.call(reqwest::Method::POST, &format!("{}/{checkout}/confirm", paths::CHECKOUT), None).await?;
-        let id: TenantId = confirmed["data"]["tenant_id"].as_str().context("tenant_id")?.parse()?;
-        self.tenant(id)
+        Ok(created["checkout_session_id"].as_str().context("checkout_session_id")?.to_owned())
+    }
+
+    /// Confirms a checkout.
+    ///
+    /// # Errors
+    /// When the call fails; it may have been taken all the same.
+    pub async fn confirm(&self, checkout: &str) -> anyhow::Result<()> {
+        self.call(reqwest::Method::POST, &format!("{}/{checkout}/confirm", paths::CHECKOUT), None).await.map(drop)
+    }
+
+    /// The tenant that a confirmed checkout became.
+    ///
+    /// # Errors
+    /// When it is not confirmed.
+    pub async fn bought(&self, checkout: &str) -> anyhow::Result<TenantRef> {
+        let state = self.call(reqwest::Method::GET, &format!("{}/{checkout}", paths::CHECKOUT), None).await?;
+        self.tenant(state["data"]["tenant_id"].as_str().context("tenant_id")?.parse()?)
     }
 
     /// A project directory for a tenant, with the example in it and the CLI signed in.
@@ -520,7 +543,9 @@ impl Drop for Stack {
         if let Ok(program) = program("management-api")
             && self.data().join("postgres").exists()
         {
-            let _ = Command::new(program).arg("stop").arg("--data").arg(self.data()).output();
+            let stopped = Command::new(program).arg("stop").arg("--data").arg(self.data()).output();
+            let left = stopped.map_or(true, |output| !output.status.success());
+            assert!(!left || std::thread::panicking(), "something of {} is left running", self.data().display());
         }
         if std::thread::panicking() {
             let _ = std::io::stderr().write_all(self.log_tail().as_bytes());

@@ -115,3 +115,39 @@ fn app_folders(data: &Path) -> BTreeSet<String> {
     let Ok(folders) = fs::read_dir(data.join("compute/apps")) else { return BTreeSet::new() };
     folders.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn world(tenant: TenantId) -> World {
+        World {
+            databases: BTreeSet::from([tenant.slug().database().to_string()]),
+            roles: BTreeSet::from([tenant.slug().database().to_string()]),
+            instances: vec![tenant.to_string()],
+            tenants: vec![(tenant.to_string(), "running".to_owned())],
+            open_operations: Vec::new(),
+            apps: BTreeSet::from([tenant.slug().app_name().to_string()]),
+        }
+    }
+
+    #[test]
+    fn one_thing_too_much_or_too_little_is_seen() {
+        let tenant = TenantId::new();
+        assert!(world(tenant).check(&[tenant], &[tenant]).is_ok());
+        let spoiled: [fn(&mut World); 7] = [
+            |world| world.instances.push(world.instances[0].clone()),
+            |world| world.instances.clear(),
+            |world| world.databases.extend(["sp_0123456789ab".to_owned()]),
+            |world| drop(world.roles.pop_first()),
+            |world| world.apps.extend(["sp-0123456789ab".to_owned()]),
+            |world| world.open_operations.push("deploy_tenant stuck".to_owned()),
+            |world| world.tenants.push((TenantId::new().to_string(), "running".to_owned())),
+        ];
+        for spoil in spoiled {
+            let mut world = world(tenant);
+            spoil(&mut world);
+            assert!(world.check(&[tenant], &[tenant]).is_err(), "{world:?}");
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! SIGKILL at every step boundary and inside steps: everything converges, nothing is left, nothing is there twice.
 
 use anyhow::{Context as _, ensure};
-use e2e::{Stack, Start, TenantRef, TestApp, World, until};
+use e2e::{Stack, Start, TestApp, World, until};
 use reqwest::Method;
 use systemprompt_contract::paths;
 
@@ -17,15 +17,12 @@ fn points(workflow: &str, steps: &[&str]) -> Vec<String> {
 }
 
 /// Kills the control plane at every point in turn, each time finishing the work of the one before up to there.
-async fn through(
-    stack: &mut Stack,
-    points: &[String],
-    begin: impl AsyncFnOnce(&Stack) -> anyhow::Result<()>,
-) -> anyhow::Result<()> {
+async fn through(stack: &mut Stack, points: &[String], begin: impl AsyncFnOnce(&Stack)) -> anyhow::Result<()> {
     stack.terminate()?;
     let (first, rest) = points.split_first().context("points")?;
     stack.serve(&Start { crash_point: Some(first), ..Start::default() })?;
-    begin(stack).await.with_context(|| format!("before {first}"))?;
+    // Its answer may die with the process: that it was taken is what the test is about.
+    begin(stack).await;
     stack.wait_died().with_context(|| format!("at {first}"))?;
     for point in rest {
         stack.serve_unready(&Start { crash_point: Some(point), ..Start::default() })?;
@@ -41,13 +38,9 @@ async fn provision_converges_from_every_boundary() -> anyhow::Result<()> {
     let inside = points.iter().position(|point| point == "provision_tenant.database.after_act").context("point")?;
     points.insert(inside, "provision_tenant.database.after_create".to_owned());
     points.insert(inside, "provision_tenant.database.after_role".to_owned());
-    let mut bought: Option<TenantRef> = None;
-    through(&mut stack, &points, async |stack| {
-        bought = Some(stack.buy("crashing").await?);
-        Ok(())
-    })
-    .await?;
-    let tenant = bought.context("bought")?;
+    let checkout = stack.order("crashing").await?;
+    through(&mut stack, &points, async |stack| drop(stack.confirm(&checkout).await)).await?;
+    let tenant = stack.bought(&checkout).await?;
     stack.wait_status(&tenant, "awaiting_deploy").await?;
     settled(&stack, &[tenant.id], &[]).await?;
     stack.deploy(&tenant).await?;
@@ -60,8 +53,10 @@ async fn deploy_converges_from_every_boundary() -> anyhow::Result<()> {
     let tenant = stack.provision("crashing").await?;
     stack.deploy(&tenant).await?;
     let second = TestApp { behaviour: "healthy", text: "second" }.push(&stack, &tenant).await?;
-    through(&mut stack, &points("deploy_tenant", &DEPLOY), async |stack| second.submit(stack, &tenant).await.map(drop))
-        .await?;
+    through(&mut stack, &points("deploy_tenant", &DEPLOY), async |stack| {
+        drop(second.submit(stack, &tenant).await);
+    })
+    .await?;
     stack.wait_status(&tenant, "running").await?;
     settled(&stack, &[tenant.id], &[tenant.id]).await?;
     until("the second release is served", async || {
@@ -76,7 +71,8 @@ async fn delete_converges_from_every_boundary() -> anyhow::Result<()> {
     let tenant = stack.provision("crashing").await?;
     stack.deploy(&tenant).await?;
     through(&mut stack, &points("delete_tenant", &DELETE), async |stack| {
-        stack.call(Method::DELETE, &format!("{}?purge=true", paths::tenant(tenant.id, "")), None).await.map(drop)
+        let path = format!("{}?purge=true", paths::tenant(tenant.id, ""));
+        drop(stack.call(Method::DELETE, &path, None).await);
     })
     .await?;
     settled(&stack, &[], &[]).await?;
@@ -127,16 +123,26 @@ async fn a_failing_deploy_unwinds_from_every_boundary() -> anyhow::Result<()> {
     let undos = ["launch", "verify"]
         .iter()
         .flat_map(|step| BOUNDARIES.iter().map(move |at| format!("deploy_tenant.{step}.undo_{at}")));
-    let mut operation = String::new();
-    through(&mut stack, &undos.collect::<Vec<_>>(), async |stack| {
-        operation = bad.submit(stack, &tenant).await?;
-        Ok(())
-    })
-    .await?;
-    let view = e2e::wait_over(&stack, &operation).await?;
+    let mut operation = Ok(String::new());
+    through(&mut stack, &undos.collect::<Vec<_>>(), async |stack| operation = bad.submit(stack, &tenant).await).await?;
+    let view = e2e::wait_over(&stack, &operation?).await?;
     ensure!(view["status"] == "failed" && view["error"]["code"] == "app_crashed", "{view}");
     stack.wait_status(&tenant, "running").await?;
     let (status, _) = stack.get(&tenant, "/").await?;
     ensure!(status == 200, "the old release still serves: {status}");
     settled(&stack, &[tenant.id], &[tenant.id]).await
+}
+
+/// The look at the world can fail, and what it finds is taken away: a database that no row knows.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_row_knows_is_found_and_taken_away() -> anyhow::Result<()> {
+    use sqlx::Executor as _;
+    let stack = Stack::start().await?;
+    World::look(&stack).await?.check(&[], &[])?;
+    let mut cluster = e2e::connect(&stack, "tenants", "postgres").await?;
+    cluster.execute("CREATE ROLE sp_0123456789ab").await?;
+    cluster.execute("CREATE DATABASE sp_0123456789ab OWNER sp_0123456789ab").await?;
+    let orphan = World::look(&stack).await?.check(&[], &[]);
+    ensure!(orphan.is_err_and(|error| error.to_string().contains("sp_0123456789ab")), "the orphan is seen");
+    settled(&stack, &[], &[]).await
 }
