@@ -182,9 +182,9 @@ fn a_change_that_cannot_be_kept_changes_nothing() {
     assert_eq!(TenantStore::load_from_path(&path).expect("whole").len(), 1);
 }
 
-/// Runs in a process of its own: saves for ever, with a umask that takes nothing away.
+/// Started by the tests below in a process of its own: saves for ever, with a umask that takes nothing away. In the
+/// run of all tests it has nothing to do.
 #[test]
-#[ignore = "started by the tests below"]
 fn child_that_saves() {
     let Some(path) = std::env::var_os("SAVE_TO").map(PathBuf::from) else { return };
     rustix::process::umask(rustix::fs::Mode::empty());
@@ -196,7 +196,7 @@ fn child_that_saves() {
 
 fn start_child(path: &Path) -> Child {
     Command::new(std::env::current_exe().expect("this test"))
-        .args(["--exact", "files::child_that_saves", "--ignored"])
+        .args(["--exact", "files::child_that_saves"])
         .env("SAVE_TO", path)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
