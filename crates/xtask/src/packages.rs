@@ -37,12 +37,15 @@ pub(crate) const TO_RUN: &[Need] = &[
     Need { package: "curl", probe: Probe::Program("curl"), reason: "looks at the running cloud from outside" },
 ];
 
-/// What the tests need beside [`TO_RUN`]: other people's clients.
+/// What the tests need beside [`TO_RUN`]: other people's clients and a browser.
 pub(crate) const TO_TEST: &[Need] = &[
     Need { package: "skopeo", probe: Probe::Program("skopeo"), reason: "pushes to and pulls from our registry" },
     Need { package: "podman", probe: Probe::Program("podman"), reason: "pushes to and pulls from our registry" },
     Need { package: "runc", probe: Probe::Program("runc"), reason: "podman's runtime" },
     Need { package: "openssl", probe: Probe::Program("openssl"), reason: "speaks TLS to our edge" },
+    Need { package: "chromium", probe: Probe::Program("chromium"), reason: "shows our pages as people see them" },
+    Need { package: "chromium-driver", probe: Probe::Program("chromedriver"), reason: "lets tests use chromium" },
+    Need { package: "libnss3-tools", probe: Probe::Program("certutil"), reason: "makes chromium trust a local CA" },
 ];
 
 /// What the figures need beside [`TO_RUN`].

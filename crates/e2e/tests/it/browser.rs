@@ -50,6 +50,8 @@ async fn a_person_signs_in_with_a_browser() -> anyhow::Result<()> {
     let mut login = Login::start(&stack, project.path()).await?;
     browser.open(&login.address).await?;
     ensure!(browser.title().await? == "Sign in · SystemPrompt Cloud", "{}", browser.title().await?);
+    // The address names the API; the form is given, and accepted, under the pages' own name.
+    ensure!(browser.url().await?.starts_with(&cloud(&stack, "/login?")), "{}", browser.url().await?);
     let errors = browser.console_errors().await?;
     ensure!(errors.is_empty(), "{errors:?}");
 
@@ -87,7 +89,7 @@ async fn who_changes_their_mind_ends_the_waiting_command() -> anyhow::Result<()>
     Ok(())
 }
 
-/// Tenants are the same site for a browser, so its own SameSite rules keep none of them out.
+/// Tenants are the same site for a browser, so its own `SameSite` rules keep none of them out.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tenants_page_cannot_send_our_forms() -> anyhow::Result<()> {
     let stack = Stack::start().await?;
@@ -109,7 +111,7 @@ async fn a_tenants_page_cannot_send_our_forms() -> anyhow::Result<()> {
         form.querySelector('#email').value = arguments[2]; form.querySelector('#password').value = arguments[3];
         document.body.append(form); form.submit();";
     browser.script(send, &[action, fields, EMAIL, PASSWORD]).await?;
-    browser.until_shown("[role=alert]", "the form was not accepted").await?;
+    browser.until_shown("[role=alert]", "the form was not accepted: its Origin").await?;
     ensure!(login.child.try_wait()?.is_none(), "the command was answered");
 
     // And the same form from its own page is good.

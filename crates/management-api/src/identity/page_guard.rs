@@ -209,7 +209,8 @@ mod tests {
 
     #[test]
     fn only_a_page_under_the_apis_name_stands_elsewhere() {
-        let home = |host: &str| home_of(&site(), &headers(&[("host", host)]), &Uri::from_static("/login?state=x&a=%20"));
+        let home =
+            |host: &str| home_of(&site(), &headers(&[("host", host)]), &Uri::from_static("/login?state=x&a=%20"));
         let there = "https://cloud.example.org:8443/login?state=x&a=%20";
         for api in ["api.example.org:8443", "api.example.org", "API.example.org:8443"] {
             assert_eq!(home(api).as_deref(), Some(there), "{api}");
