@@ -1,6 +1,6 @@
 //! Images of the app that misbehaves on request, pushed and submitted without the command line.
 
-use crate::{Stack, TenantRef, stack::program, until};
+use crate::{Stack, TenantRef, program, until};
 use anyhow::{Context as _, ensure};
 use reqwest::Method;
 use serde_json::Value;

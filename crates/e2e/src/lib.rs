@@ -3,12 +3,13 @@
 mod app;
 mod browser;
 mod load;
+mod person;
 mod stack;
 mod world;
 
 pub use app::{Pushed, TestApp, push, wait_over};
 pub use browser::Browser;
 pub use load::{LoadReport, open_loop};
-pub use stack::program;
-pub use stack::{CliOutput, PATIENCE, Stack, Start, TenantRef, until};
+pub use person::{CliOutput, TenantRef};
+pub use stack::{PATIENCE, Stack, Start, program, until};
 pub use world::{World, connect};

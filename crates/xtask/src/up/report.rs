@@ -43,7 +43,7 @@ The cloud is up.
   your tenant    {url}
   its health     {url}api/v1/health
   API            {api}/api/v1/health
-  sign-in page   {cloud}/login    (e-mail and password: {account})
+  your account   {account}    (e-mail and password for `systemprompt cloud auth login`)
   data           {data}
 
 Browsers and curl find these names by themselves. They do not know the CA yet; trust it once:
@@ -63,7 +63,6 @@ Next, in another terminal:
 Ctrl-C drains and stops everything; the next `cargo xtask up` goes on from here.",
         url = tenant.url,
         api = installation.url("api"),
-        cloud = installation.url("cloud"),
         account = account.display(),
         zone = installation.zone,
         https = installation.https,
