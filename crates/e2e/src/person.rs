@@ -127,7 +127,7 @@ impl Stack {
     /// Waits until a tenant has a status.
     ///
     /// # Errors
-    /// After [`PATIENCE`], with the status it has.
+    /// After [`crate::PATIENCE`], with the status it has.
     pub async fn wait_status(&self, tenant: &TenantRef, wanted: &str) -> anyhow::Result<()> {
         let mut last = String::new();
         until(&format!("the tenant is {wanted}"), async || {

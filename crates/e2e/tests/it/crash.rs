@@ -53,7 +53,11 @@ async fn deploy_converges_from_every_boundary() -> anyhow::Result<()> {
     let tenant = stack.provision("crashing").await?;
     stack.deploy(&tenant).await?;
     let second = TestApp { behaviour: "healthy", text: "second" }.push(&stack, &tenant).await?;
-    through(&mut stack, &points("deploy_tenant", &DEPLOY), async |stack| {
+    let mut points = points("deploy_tenant", &DEPLOY);
+    let inside = points.iter().position(|point| point == "deploy_tenant.launch.after_act").context("point")?;
+    let launch = ["locked", "unpacking", "spawned", "ordered"].map(|at| format!("compute.launch.{at}"));
+    points.splice(inside..inside, launch);
+    through(&mut stack, &points, async |stack| {
         drop(second.submit(stack, &tenant).await);
     })
     .await?;

@@ -27,28 +27,17 @@ async fn a_deploy_that_fails_leaves_the_old_release_serving() -> anyhow::Result<
 async fn the_command_shows_the_last_lines_of_an_app_that_crashes_and_exits_non_zero() -> anyhow::Result<()> {
     let stack = Stack::start().await?;
     let tenant = stack.provision("loud").await?;
-    // The real runtime with a database address that cannot be: it says so and ends.
-    let profile = tenant.project.join(".systemprompt/profiles/production/profile.yaml");
-    ensure!(profile.exists(), "the example has a profile");
-    let bad = TestApp { behaviour: "crash", text: "" }.push(&stack, &tenant).await?;
-    let operation = bad.submit(&stack, &tenant).await?;
-    e2e::wait_over(&stack, &operation).await?;
-    let frames = events(&stack, &tenant).await?;
-    ensure!(frames.contains("the configuration is missing its most important line"), "{frames}");
-    ensure!(frames.contains("code 7") || frames.contains("exit code 7"), "{frames}");
+    fs::write(tenant.project.join("services/behaviour"), "crash\n")?;
+    let (id, app) = (tenant.id.to_string(), e2e::program("tenant-app")?.display().to_string());
+    let arguments = ["cloud", "deploy", "--tenant", &id, "--binary", &app];
+    let failed = stack.cli(&tenant, &arguments).await?;
+    ensure!(!failed.ok && failed.stdout.is_empty(), "{failed:?}");
+    ensure!(failed.stderr.contains("the configuration is missing its most important line"), "{failed:?}");
+    ensure!(failed.stderr.contains("code 7") && failed.stderr.contains("systemprompt cloud logs"), "{failed:?}");
+    let failed = stack.cli(&tenant, &[&["--json"], &arguments[..]].concat()).await?.json()?;
+    ensure!(failed["error"]["code"] == "app_crashed", "{failed}");
+    ensure!(failed["error"]["logs"].as_array().is_some_and(|lines| lines.len() >= 2), "{failed}");
     Ok(())
-}
-
-async fn events(stack: &Stack, tenant: &e2e::TenantRef) -> anyhow::Result<String> {
-    use futures_util::StreamExt as _;
-    let url = format!("{}{}", stack.api_url(), paths::tenant(tenant.id, "/events"));
-    let mut body = stack.client().get(url).bearer_auth(stack.token().expose()).send().await?.bytes_stream();
-    let mut text = String::new();
-    while !text.contains("\"state\":\"failed\"") || !text.ends_with("\n\n") {
-        let Some(chunk) = body.next().await else { break };
-        text.push_str(&String::from_utf8_lossy(&chunk?));
-    }
-    Ok(text)
 }
 
 #[tokio::test(flavor = "multi_thread")]
