@@ -261,7 +261,7 @@ fn a_full_disk_keeps_the_old_file() {
     // RLIMIT_FSIZE of a shell is the full disk of one process; its signal is ignored, so the write fails.
     let (_directory, path) = project();
     credentials("old").save_to_path(&path).expect("saved");
-    let script = "trap '' XFSZ; ulimit -f 8; exec \"$0\" --exact files::child_that_saves --ignored";
+    let script = "trap '' XFSZ; ulimit -f 8; exec \"$0\" --exact files::child_that_saves";
     let ran = Command::new("bash")
         .args(["-c", script])
         .arg(std::env::current_exe().expect("this test"))
