@@ -98,7 +98,7 @@ async fn stop_leftovers(arguments: &DataArguments) -> anyhow::Result<()> {
     let driver = open_driver(&layout, &registry, clusters.tenants.socket_dir(), true)?;
     driver.shutdown(Duration::from_secs(10)).await?;
     clusters.stop().await?;
-    remove_socket_directory(&platform_socket(&layout)?);
+    remove_socket_directory(&platform_socket(&layout));
     Ok(())
 }
 

@@ -127,26 +127,38 @@ pub(crate) async fn open_control_database(control: &Cluster) -> anyhow::Result<D
 }
 
 /// A socket's path has at most 107 bytes, and a data directory may lie deep: a short name derived from it.
-pub(crate) fn platform_socket(layout: &Layout) -> anyhow::Result<PathBuf> {
+pub(crate) fn platform_socket(layout: &Layout) -> PathBuf {
     use sha2::Digest as _;
-    use std::os::unix::{ffi::OsStrExt as _, fs::DirBuilderExt as _};
+    use std::os::unix::ffi::OsStrExt as _;
     let digest = hex::encode(sha2::Sha256::digest(layout.root().as_os_str().as_bytes()));
     let base = if rustix::process::geteuid().is_root() {
         PathBuf::from("/run/systemprompt")
     } else {
         std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from).join("systemprompt")
     };
-    let directory = base.join(format!("{}-platform", &digest[..8]));
-    std::fs::create_dir_all(&base).with_context(|| format!("making {}", base.display()))?;
-    match std::fs::DirBuilder::new().mode(0o700).create(&directory) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            Err(error).with_context(|| format!("making {}", directory.display()))
-        }
-        _ => Ok(directory.join("platform.sock")),
-    }
+    base.join(format!("{}-platform/platform.sock", &digest[..8]))
 }
 
+/// Listens on the platform's socket, in a directory that only we may search.
 pub(crate) fn bind_socket(path: &Path) -> anyhow::Result<UnixListener> {
+    use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+    let directory = path.parent().context("the socket lies in a directory")?;
+    if let Some(base) = directory.parent() {
+        std::fs::create_dir_all(base).with_context(|| format!("making {}", base.display()))?;
+    }
+    match std::fs::DirBuilder::new().mode(0o700).create(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(error).with_context(|| format!("making {}", directory.display()));
+        }
+        _ => {}
+    }
+    // It may lie where everybody can make directories: ours, and nobody else's.
+    let found = std::fs::symlink_metadata(directory).with_context(|| format!("looking at {}", directory.display()))?;
+    anyhow::ensure!(
+        found.is_dir() && found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o077 == 0,
+        "expected {} to be a directory of this user with mode 0700; remove it and start again",
+        directory.display()
+    );
     // The data directory is locked, so whoever listened here is gone.
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
