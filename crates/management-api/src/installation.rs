@@ -155,7 +155,7 @@ pub(crate) fn bind_socket(path: &Path) -> anyhow::Result<UnixListener> {
     // It may lie where everybody can make directories: ours, and nobody else's.
     let found = std::fs::symlink_metadata(directory).with_context(|| format!("looking at {}", directory.display()))?;
     anyhow::ensure!(
-        found.is_dir() && found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o077 == 0,
+        found.is_dir() && found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o777 == 0o700,
         "expected {} to be a directory of this user with mode 0700; remove it and start again",
         directory.display()
     );
