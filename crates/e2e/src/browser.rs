@@ -17,6 +17,8 @@ use tempfile::TempDir;
 /// How long a browser may take to end after its group was killed.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
 
+const NETWORK_CHANGED: &str = "ERR_NETWORK_CHANGED";
+
 /// A browser with a profile of its own that trusts one installation's CA and nobody's word: certificate errors stay
 /// errors. Dropping it ends all of its processes and removes the profile.
 pub struct Browser {
@@ -69,7 +71,18 @@ impl Browser {
     /// # Errors
     /// When there is no page, also for a certificate that does not verify.
     pub async fn open(&self, url: &str) -> anyhow::Result<()> {
-        self.call(Method::POST, "url", Some(&json!({ "url": url }))).await.map(drop)
+        // A link that another test adds or takes away is a network change, which makes Chromium give up what it loads.
+        for _ in 0..5 {
+            let opened = self.call(Method::POST, "url", Some(&json!({ "url": url }))).await.map(drop);
+            let interrupted = match &opened {
+                Ok(()) => self.text("body").await.is_ok_and(|text| text.contains(NETWORK_CHANGED)),
+                Err(error) => format!("{error:#}").contains(NETWORK_CHANGED),
+            };
+            if !interrupted {
+                return opened;
+            }
+        }
+        anyhow::bail!("{url}: the network changed during each of five tries")
     }
 
     /// The address of the page as the browser has it.

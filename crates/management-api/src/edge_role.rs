@@ -30,7 +30,7 @@ const POLL: Duration = Duration::from_secs(2);
 /// Between signs of life of this edge.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// How long an acknowledgement waits for the requests on a replaced upstream to end.
-const DRAIN_BOUND: Duration = Duration::from_secs(2);
+const DRAIN_BOUND: Duration = Duration::from_secs(10);
 /// Between tries to reach the database.
 const RECONNECT: Duration = Duration::from_millis(500);
 /// How long open requests may take to end once the edge is told to stop.

@@ -92,6 +92,10 @@ pub(crate) fn open_registry(layout: &Layout, seal: &Sealer) -> anyhow::Result<Re
         max_blob_bytes: MAX_BLOB_BYTES,
         tenant_quota_bytes: TENANT_QUOTA_BYTES,
     };
+    // Images hold tenants' code; whoever else works on this machine has no business there.
+    std::fs::create_dir_all(&config.root).with_context(|| format!("making {}", config.root.display()))?;
+    std::fs::set_permissions(&config.root, std::os::unix::fs::PermissionsExt::from_mode(0o700))
+        .with_context(|| format!("closing {} to others", config.root.display()))?;
     Registry::open(config, registry_key(seal)).context("opening the registry")
 }
 

@@ -17,7 +17,7 @@ use crate::{
     tenants::{databases::TenantDatabases, delete::DeleteTenant, deploy::DeployTenant, provision::ProvisionTenant},
 };
 use anyhow::Context as _;
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use systemprompt_compute::process::ProcessDriver;
 use systemprompt_edge::{BoundEdge, DrainReport, RouteTable};
 use systemprompt_registry::Registry;
@@ -48,31 +48,56 @@ pub(crate) async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
     let stops = Stops::default();
     let edge = edge.map(|(edge, follower)| StartedEdge::start(edge, follower, &stops));
 
-    let clusters = Clusters::start(&layout).await?;
+    let clusters = Arc::new(Clusters::start(&layout).await?);
     let registry = open_registry(&layout, &seal)?;
-    let driver = Arc::new(open_driver(&layout, &registry, clusters.tenants.socket_dir(), arguments.unsafe_shared)?);
-    let opened = Opened { layout, site, seal, registry, driver, clusters };
-    let app = build_app(&arguments, &opened, &stops).await?;
+    let opened = Opened { layout, site, seal, registry, clusters: clusters.clone() };
+    let served =
+        control_plane(&arguments, opened, Listening { edge, api_in_clear, platform: &platform, ca: &ca }, stops).await;
+    // Also when it did not get to serve: what was started for it is not left behind.
+    if arguments.on_stop == OnStop::Stop {
+        clusters.stop().await?;
+        remove_socket_directory(&platform);
+    }
+    served
+}
+
+/// What listens before there is anything behind it.
+struct Listening<'a> {
+    edge: Option<StartedEdge>,
+    api_in_clear: Option<TcpListener>,
+    platform: &'a Path,
+    ca: &'a LocalCa,
+}
+
+/// Everything behind the listeners, from its start to its end.
+async fn control_plane(
+    arguments: &ServeArguments,
+    opened: Opened,
+    listening: Listening<'_>,
+    stops: Stops,
+) -> anyhow::Result<()> {
+    let socket_dir = opened.clusters.tenants.socket_dir();
+    let driver = Arc::new(open_driver(&opened.layout, &opened.registry, socket_dir, arguments.unsafe_shared)?);
+    let app = build_app(arguments, &opened, driver.clone(), &stops).await?;
     let setup = identity::ensure_setup_token(&app.db, &app.setup_token_file).await?;
 
     let tasks = TaskTracker::new();
-    tasks.spawn(serve_http(bind_socket(&platform)?, http::platform_router(&app), stops.api.clone()));
-    if let Some(listener) = api_in_clear {
+    let socket = bind_socket(listening.platform)?;
+    tasks.spawn(serve_http(socket, http::platform_router(&app), stops.api.clone()));
+    if let Some(listener) = listening.api_in_clear {
         tasks.spawn(serve_http(listener, http::api_router(&app), stops.api.clone()));
     }
     spawn_workers(&tasks, &app, &stops);
-    let https = edge.as_ref().map(|edge| edge.https);
-    let edge = edge.map(|edge| edge.follow(opened.clusters.control.url(CONTROL_DATABASE), &stops));
+    let https = listening.edge.as_ref().map(|edge| edge.https);
+    let edge = listening.edge.map(|edge| edge.follow(opened.clusters.control.url(CONTROL_DATABASE), &stops));
 
-    announce(&app.site, https, &ca.ca_file(), setup.as_deref());
+    announce(&app.site, https, &listening.ca.ca_file(), setup.as_deref());
     wait_for_signal().await?;
     drain(edge, tasks, &stops).await?;
     if arguments.on_stop == OnStop::Stop {
-        opened.driver.shutdown(app.infrastructure.limits.stop_grace).await?;
-        app.db.pool().close().await;
-        opened.clusters.stop().await?;
-        remove_socket_directory(&platform);
+        driver.shutdown(app.infrastructure.limits.stop_grace).await?;
     }
+    app.db.pool().close().await;
     Ok(())
 }
 
@@ -117,7 +142,7 @@ async fn bind_edge(
     layout: &Layout,
     seal: &Arc<Sealer>,
     ca: &LocalCa,
-    platform: &std::path::Path,
+    platform: &Path,
 ) -> anyhow::Result<Option<(BoundEdge, Follower)>> {
     if arguments.without_edge {
         return Ok(None);
@@ -164,19 +189,25 @@ struct Opened {
     site: Site,
     seal: Arc<Sealer>,
     registry: Registry,
-    driver: Arc<ProcessDriver>,
-    clusters: Clusters,
+    clusters: Arc<Clusters>,
 }
 
-async fn build_app(arguments: &ServeArguments, opened: &Opened, stops: &Stops) -> anyhow::Result<App> {
-    let Opened { layout, site, seal, registry, driver, clusters } = opened;
+async fn build_app(
+    arguments: &ServeArguments,
+    opened: &Opened,
+    driver: Arc<ProcessDriver>,
+    stops: &Stops,
+) -> anyhow::Result<App> {
+    let Opened { layout, site, seal, registry, clusters } = opened;
     let db = open_control_database(&clusters.control).await?;
     systemprompt_workflow::release_leases(&db, WORKER).await?;
     let admin = Db::connect(&clusters.tenants.url("postgres"), TENANTS_ADMIN_CONNECTIONS).await?;
+    let databases = TenantDatabases::new(admin.pool().clone(), clusters.tenants.clone());
+    databases.harden().await?;
     let infrastructure = Infrastructure {
         site: site.clone(),
-        driver: driver.clone(),
-        databases: TenantDatabases::new(admin.pool().clone(), clusters.tenants.clone()),
+        driver,
+        databases,
         registry: registry.clone(),
         seal: seal.clone(),
         limits: arguments.deploy_limits(),

@@ -68,7 +68,7 @@ pub trait ComputeDriver: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// [`DriverError::Transient`] when the driver cannot tell.
-    async fn apps(&self) -> Result<Vec<AppName>, DriverError>;
+    async fn apps(&self) -> Result<Vec<FoundApp>, DriverError>;
 
     /// Kills the app's instances without grace and deletes them, the volume and all its data.
     ///
@@ -242,6 +242,15 @@ fn signal_name(signal: i32) -> &'static str {
         15 => " (SIGTERM)",
         _ => "",
     }
+}
+
+/// An app as the driver finds it, known to anybody or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundApp {
+    /// Its name.
+    pub app: AppName,
+    /// The handle of it.
+    pub handle: AppHandle,
 }
 
 /// One instance found at the driver.

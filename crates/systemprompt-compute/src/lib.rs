@@ -12,7 +12,7 @@ pub mod process;
 pub mod testing;
 
 pub use driver::{
-    AppHandle, AppSpec, Capabilities, ComputeDriver, ExitReason, FoundInstance, ImageSource, InstanceHandle,
+    AppHandle, AppSpec, Capabilities, ComputeDriver, ExitReason, FoundApp, FoundInstance, ImageSource, InstanceHandle,
     InstanceSpec, InstanceState, LogEntry, LogStart, Replace,
 };
 pub use error::{CapacityScope, DriverError, Next};

@@ -2,7 +2,7 @@
 //!
 //! | behaviour | does |
 //! |---|---|
-//! | `healthy` | answers every path with 200 and the behaviour file's second line |
+//! | `healthy` | answers every path with 200 and the behaviour file's second line; `/slow` after three seconds |
 //! | `crash` | writes a line and ends with code 7 |
 //! | `sick` | answers every path with 500 |
 //! | `silent` | listens and never answers |
@@ -70,6 +70,10 @@ fn serve(connection: TcpStream, behaviour: &str, text: &str) {
             "/write" if behaviour == "lines" => {
                 thread::spawn(write_lines);
                 "writing".to_owned()
+            }
+            "/slow" => {
+                thread::sleep(Duration::from_secs(3));
+                text.to_owned()
             }
             "/die" if behaviour == "mortal" => std::process::exit(9),
             "/dial" if behaviour == "dial" => dial(query),

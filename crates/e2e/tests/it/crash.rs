@@ -137,7 +137,7 @@ async fn a_failing_deploy_unwinds_from_every_boundary() -> anyhow::Result<()> {
     settled(&stack, &[tenant.id], &[tenant.id]).await
 }
 
-/// The look at the world can fail, and what it finds is taken away: a database that no row knows.
+/// The look at the world can fail, and what it finds is taken away: a database, an app that no row knows.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_no_row_knows_is_found_and_taken_away() -> anyhow::Result<()> {
     use sqlx::Executor as _;
@@ -148,5 +148,15 @@ async fn what_no_row_knows_is_found_and_taken_away() -> anyhow::Result<()> {
     cluster.execute("CREATE DATABASE sp_0123456789ab OWNER sp_0123456789ab").await?;
     let orphan = World::look(&stack).await?.check(&[], &[]);
     ensure!(orphan.is_err_and(|error| error.to_string().contains("sp_0123456789ab")), "the orphan is seen");
-    settled(&stack, &[], &[]).await
+    settled(&stack, &[], &[]).await?;
+
+    let tenant = stack.provision("known").await?;
+    let apps = stack.data().join("compute/apps");
+    let copied = std::process::Command::new("cp")
+        .arg("-a")
+        .arg(apps.join(tenant.id.slug().app_name().as_str()))
+        .arg(apps.join("sp-0123456789ab"))
+        .status()?;
+    ensure!(copied.success() && World::look(&stack).await?.check(&[tenant.id], &[]).is_err(), "the orphan is seen");
+    settled(&stack, &[tenant.id], &[]).await
 }

@@ -194,6 +194,24 @@ fn a_missing_or_old_postgresql_is_said_with_what_to_type() -> anyhow::Result<()>
     Ok(())
 }
 
+#[test]
+fn a_start_that_fails_leaves_nothing_running() -> anyhow::Result<()> {
+    let stack = Stack::prepare()?;
+    // A mount namespace of its own, in which there is no bubblewrap.
+    let script = format!(
+        "mount --bind /dev/null /usr/bin/bwrap && exec {} serve --data {} --https 127.0.0.1:0 --http off --on-stop stop",
+        e2e::program("management-api")?.display(),
+        stack.data().display()
+    );
+    let output = Command::new("unshare").args(["--mount", "--propagation", "private", "sh", "-c", &script]).output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && error.contains("bubblewrap"), "{error}");
+    for cluster in ["control", "tenants"] {
+        ensure!(!stack.data().join("postgres").join(cluster).join("postmaster.pid").exists(), "{cluster} still runs");
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_half_made_cluster_is_made_anew() -> anyhow::Result<()> {
     let mut stack = Stack::prepare()?;

@@ -1,7 +1,7 @@
 //! From a checkout to a page over HTTPS, and back to nothing.
 
 use anyhow::{Context as _, ensure};
-use e2e::{Stack, World, open_loop, until};
+use e2e::{Stack, TestApp, World, open_loop, until};
 use reqwest::Method;
 use std::fs;
 use systemprompt_contract::paths;
@@ -140,4 +140,35 @@ async fn no_request_fails_while_releases_change() -> anyhow::Result<()> {
     let report = load.await?;
     ensure!(report.failed == 0 && report.sent > 100, "{report:?}");
     Ok(())
+}
+
+/// The app ends at SIGTERM at once, so whoever stops it before the edge has let go of it cuts these requests; the
+/// search for garbage passes several times meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_requests_live_through_a_change_of_release() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("slow").await?;
+    TestApp { behaviour: "healthy", text: "0" }.release(&stack, &tenant).await?;
+    let stop = CancellationToken::new();
+    let slow = (0..6).map(|_| {
+        let (client, url, stop) = (stack.client().clone(), format!("{}/slow", tenant.url), stop.clone());
+        tokio::spawn(async move {
+            let mut answers = Vec::new();
+            while !stop.is_cancelled() {
+                answers.push(client.get(&url).send().await.map(|answer| answer.status().as_u16()));
+            }
+            answers
+        })
+    });
+    let slow: Vec<_> = slow.collect();
+    for text in ["1", "2", "3"] {
+        TestApp { behaviour: "healthy", text }.release(&stack, &tenant).await?;
+    }
+    stop.cancel();
+    for answers in slow {
+        let answers = answers.await?;
+        let failed: Vec<_> = answers.iter().filter(|answer| !matches!(answer, Ok(200))).collect();
+        ensure!(failed.is_empty() && answers.len() > 2, "{failed:?} of {}", answers.len());
+    }
+    World::look(&stack).await?.check(&[tenant.id], &[tenant.id])
 }

@@ -8,8 +8,8 @@ use crate::{
     tenants::{delete::DeleteTenant, store},
 };
 use std::{collections::HashSet, time::Duration};
-use systemprompt_compute::{AppSpec, InstanceState};
-use systemprompt_contract::{DatabaseName, Region, Subject, TenantId};
+use systemprompt_compute::{FoundApp, InstanceState};
+use systemprompt_contract::{DatabaseName, Subject, TenantId};
 use systemprompt_workflow::{Db, NewOperation, enqueue};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -77,12 +77,12 @@ async fn apps(db: &Db, infrastructure: &Infrastructure) -> anyhow::Result<()> {
     let found = infrastructure.driver.apps().await?;
     let known = known(db).await?;
     let apps: HashSet<_> = known.iter().map(|tenant| tenant.slug().app_name()).collect();
-    for app in found.into_iter().filter(|app| !apps.contains(app)) {
+    for FoundApp { app, handle } in found.into_iter().filter(|found| !apps.contains(&found.app)) {
         tracing::info!(%app, "destroying an app that no tenant has");
-        // The tenant's id is gone; the driver names an app by its slug alone.
-        let spec = AppSpec { app, tenant: TenantId::new(), region: Region::default(), memory_mb: 1 };
-        let handle = infrastructure.driver.ensure_app(&spec).await?;
-        infrastructure.driver.destroy_app(&handle).await?;
+        // One that cannot be destroyed must not keep the others.
+        if let Err(error) = infrastructure.driver.destroy_app(&handle).await {
+            tracing::warn!(%app, %error, "an app that no tenant has could not be destroyed; trying again later");
+        }
     }
     Ok(())
 }

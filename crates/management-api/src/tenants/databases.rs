@@ -26,6 +26,14 @@ impl TenantDatabases {
         Self { admin, cluster }
     }
 
+    /// Takes from PUBLIC what a new cluster gives it: `pg_hba.conf` refuses already, this refuses once more.
+    ///
+    /// # Errors
+    /// Those of the cluster. Idempotent.
+    pub(crate) async fn harden(&self) -> Result<(), sqlx::Error> {
+        self.admin.execute("REVOKE ALL ON DATABASE postgres, template0, template1 FROM PUBLIC").await.map(drop)
+    }
+
     /// Makes role and database, or mends what a crash left of them. Idempotent; the password is set anew each time.
     ///
     /// # Errors

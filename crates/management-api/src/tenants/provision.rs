@@ -240,6 +240,10 @@ pub(super) fn driver_error(error: DriverError) -> StepError {
         (_, DriverError::Capacity { .. }) => {
             StepError::Permanent(ApiError::new(ErrorCode::CapacityExhausted, error.to_string()))
         }
+        // What a driver refuses for good is the image: it cannot be unpacked or has nothing to run.
+        (_, DriverError::Rejected(_)) => {
+            StepError::Permanent(ApiError::new(ErrorCode::ImageInvalid, error.to_string()))
+        }
         _ => StepError::Permanent(ApiError::new(ErrorCode::Internal, error.to_string())),
     }
 }

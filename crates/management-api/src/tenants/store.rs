@@ -343,10 +343,15 @@ pub(crate) async fn deployment_by_key(
         .transpose()
 }
 
-/// Deployments that may have an instance: pending and live ones of every tenant.
+/// Deployments that may have an instance: pending and live ones, and all of a tenant that an operation works on,
+/// which stops what it replaced itself, when every edge has let go of it.
 pub(crate) async fn with_instance(pool: &PgPool) -> Result<Vec<DeploymentId>, sqlx::Error> {
-    let ids =
-        sqlx::query_scalar!("SELECT id FROM deployments WHERE state IN ('pending', 'live')").fetch_all(pool).await?;
+    let ids = sqlx::query_scalar!(
+        "SELECT d.id FROM deployments d JOIN tenants t ON t.id = d.tenant_id
+         WHERE d.state IN ('pending', 'live') OR t.active_operation IS NOT NULL"
+    )
+    .fetch_all(pool)
+    .await?;
     Ok(ids.into_iter().map(DeploymentId::from_uuid).collect())
 }
 
@@ -547,6 +552,12 @@ mod tests {
         assert_eq!(live.digest, digests[12]);
         assert_eq!(recently_ended(database.db.pool(), 2).await.unwrap().len(), 2);
         assert_eq!(with_instance(database.db.pool()).await.unwrap(), [live.id]);
+        // While an operation works on the tenant, what it replaces is its own business and no garbage.
+        let moved = Moved { operation: Some(OperationId::new()), ..Moved::default() };
+        let mut tx = database.db.begin().await.unwrap();
+        advance(&mut tx, tenant, TenantEvent::DeployAsked, moved).await.unwrap();
+        tx.commit().await.unwrap();
+        assert_eq!(with_instance(database.db.pool()).await.unwrap().len(), digests.len());
     }
 
     #[tokio::test]

@@ -40,7 +40,7 @@ mod stop;
 mod tar;
 
 use crate::{
-    AppHandle, AppSpec, Capabilities, ComputeDriver, DriverError, FoundInstance, ImageSource, InstanceHandle,
+    AppHandle, AppSpec, Capabilities, ComputeDriver, DriverError, FoundApp, FoundInstance, ImageSource, InstanceHandle,
     InstanceSpec, InstanceState, LogEntry, LogStart, Replace,
 };
 pub use address::{InvalidNetwork, Ipv4Network};
@@ -221,9 +221,10 @@ impl ComputeDriver for ProcessDriver {
         blocking(move || inner.instances()).await
     }
 
-    async fn apps(&self) -> Result<Vec<AppName>, DriverError> {
+    async fn apps(&self) -> Result<Vec<FoundApp>, DriverError> {
         let inner = self.inner.clone();
-        blocking(move || Ok(inner.layout.list_apps()?)).await
+        let found = |app: AppName| FoundApp { handle: AppHandle::new(app.to_string()), app };
+        blocking(move || Ok(inner.layout.list_apps()?.into_iter().map(found).collect())).await
     }
 
     async fn destroy_app(&self, app: &AppHandle) -> Result<(), DriverError> {

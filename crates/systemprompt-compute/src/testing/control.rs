@@ -2,7 +2,7 @@
 
 use super::{app_image, image::ImageDirectory};
 use crate::{
-    AppHandle, AppSpec, ComputeDriver, InstanceSpec,
+    AppSpec, ComputeDriver, InstanceSpec,
     process::{ProcessConfig, ProcessDriver},
 };
 use serde::{Deserialize, Serialize};
@@ -59,8 +59,8 @@ async fn run(order: &ControlOrder) -> Result<String, Box<dyn std::error::Error>>
     };
     let driver = ProcessDriver::open(config)?;
     let Some(deployment) = order.deployment else {
-        for app in driver.apps().await? {
-            driver.destroy_app(&AppHandle::new(app.as_str())).await?;
+        for found in driver.apps().await? {
+            driver.destroy_app(&found.handle).await?;
         }
         return Ok(String::new());
     };

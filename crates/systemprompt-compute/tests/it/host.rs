@@ -93,8 +93,8 @@ impl Drop for Host {
             let runtime = tokio::runtime::Runtime::new().expect("runtime");
             runtime.block_on(async {
                 let driver = ProcessDriver::open(config).expect("a driver");
-                for app in driver.apps().await.expect("apps") {
-                    driver.destroy_app(&AppHandle::new(app.as_str())).await.expect("the app's end");
+                for found in driver.apps().await.expect("apps") {
+                    driver.destroy_app(&found.handle).await.expect("the app's end");
                 }
             });
         };
