@@ -202,9 +202,21 @@ fn remove_group(directory: &Path) -> io::Result<()> {
         match fs::remove_dir(directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                kill_members(directory);
                 std::thread::sleep(Duration::from_millis(2));
             }
             other => return other,
+        }
+    }
+}
+
+/// What is still in the group of an instance that has ended is a rest of it: most of all the child of a bwrap that was
+/// killed before it had told it, or anybody, its number. It would wait for its parent's word for ever.
+fn kill_members(directory: &Path) {
+    let Ok(members) = fs::read_to_string(directory.join("cgroup.procs")) else { return };
+    for member in members.lines().filter_map(|line| rustix::process::Pid::from_raw(line.trim().parse().ok()?)) {
+        if let Err(error) = rustix::process::kill_process(member, rustix::process::Signal::KILL) {
+            tracing::debug!(%error, pid = ?member, "a rest of an instance ended by itself");
         }
     }
 }

@@ -133,12 +133,13 @@ pub(crate) fn write_whole(path: &Path, text: &str) -> io::Result<()> {
 /// Makes the sandbox that instances will need, with nothing in it.
 fn try_sandbox(bwrap: &Path, uid: Option<u32>) -> Result<(), OpenError> {
     let mut command = Command::new(bwrap);
-    command
-        .args(["--unshare-user", "--unshare-pid", "--disable-userns", "--ro-bind", "/", "/", "--proc", "/proc"])
-        .args(["--dev", "/dev", "--", "/bin/true"])
-        .env_clear()
-        .current_dir("/")
-        .stdin(Stdio::null());
+    command.args(["--unshare-user", "--unshare-pid", "--disable-userns", "--proc", "/proc", "--dev", "/dev"]);
+    // Not the whole root: bwrap goes through every mount below it, and other installations' network namespaces come
+    // and go under /run meanwhile.
+    for directory in ["/usr", "/bin", "/lib", "/lib64"] {
+        command.args(["--ro-bind-try", directory, directory]);
+    }
+    command.args(["--", "/bin/true"]).env_clear().current_dir("/").stdin(Stdio::null());
     if let Some(uid) = uid {
         command.uid(uid).gid(uid);
     }
