@@ -3,7 +3,10 @@
 //! The outside sees a code, a sentence and a hint; the cause goes to the log, once, under the request id.
 
 use axum::{
-    extract::{FromRequest, Request, rejection::BytesRejection},
+    extract::{
+        FromRequest, Request,
+        rejection::{BytesRejection, QueryRejection},
+    },
     http::{HeaderName, HeaderValue, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
@@ -74,6 +77,12 @@ impl Failure {
             .hint("nothing was changed; try again in a moment");
         error.request_id = Some(id);
         Self(error)
+    }
+}
+
+impl From<QueryRejection> for Failure {
+    fn from(rejection: QueryRejection) -> Self {
+        Self::new(ErrorCode::BadRequest, format!("the query is not what this call takes: {}", rejection.body_text()))
     }
 }
 

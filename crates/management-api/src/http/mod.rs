@@ -104,9 +104,16 @@ pub(crate) fn endpoints() -> Endpoints {
     crate::tenants::endpoints(endpoints)
 }
 
-/// API and pages; with the registry, what stands behind the platform's socket.
+/// The calls alone, without pages and webhooks: what may be served in clear on loopback.
 pub(crate) fn api_router(app: &App) -> Router {
-    endpoints()
+    router_of(
+        app,
+        Endpoints { rows: endpoints().rows.into_iter().filter(|(row, _)| row.path.starts_with("/api/")).collect() },
+    )
+}
+
+fn router_of(app: &App, endpoints: Endpoints) -> Router {
+    endpoints
         .into_router(app)
         .fallback(|| async { Failure::not_found("page or call") })
         .method_not_allowed_fallback(|| async {
@@ -119,7 +126,7 @@ pub(crate) fn api_router(app: &App) -> Router {
 
 /// Everything that the edge hands to the platform.
 pub(crate) fn platform_router(app: &App) -> Router {
-    app.infrastructure.registry.router().merge(api_router(app))
+    app.infrastructure.registry.router().merge(router_of(app, endpoints()))
 }
 
 async fn health(State(app): State<App>) -> Result<axum::Json<serde_json::Value>, Failure> {

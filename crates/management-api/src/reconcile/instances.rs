@@ -65,7 +65,14 @@ fn decide(state: &InstanceState, record: Option<&CrashRecord>, now: Instant) -> 
         }
         (InstanceState::Exited { reason, .. }, Some(_)) => Decision::NoteExit(reason.clone()),
         // Not started by this process: the host or the control plane was restarted, which is nobody's crash.
-        (InstanceState::Exited { reason: ExitReason::Unknown, .. } | InstanceState::Absent, _) => Decision::Start,
+        // Ended by SIGTERM, well or by its default action, it was stopped with the cloud.
+        (
+            InstanceState::Exited {
+                reason: ExitReason::Unknown | ExitReason::Code(0) | ExitReason::Signal(15), ..
+            }
+            | InstanceState::Absent,
+            _,
+        ) => Decision::Start,
         (InstanceState::Exited { reason, .. }, None) => Decision::NoteExit(reason.clone()),
     }
 }
@@ -206,6 +213,8 @@ mod tests {
     fn a_restart_of_the_host_is_no_crash() {
         let now = Instant::now();
         assert_eq!(decide(&exited(ExitReason::Unknown), None, now), Decision::Start);
+        assert_eq!(decide(&exited(ExitReason::Code(0)), None, now), Decision::Start);
+        assert_eq!(decide(&exited(ExitReason::Signal(15)), None, now), Decision::Start);
         assert_eq!(decide(&InstanceState::Absent, None, now), Decision::Start);
         assert_eq!(decide(&InstanceState::Starting, None, now), Decision::Leave);
         assert_eq!(decide(&exited(ExitReason::OutOfMemory), None, now), Decision::NoteExit(ExitReason::OutOfMemory));

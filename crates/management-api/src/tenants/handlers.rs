@@ -18,7 +18,7 @@ use crate::{
 };
 use axum::{
     Extension,
-    extract::{Path, Query, State},
+    extract::{Path, Query, State, rejection::QueryRejection},
     routing::MethodFilter,
 };
 use chrono::{TimeDelta, Utc};
@@ -131,7 +131,7 @@ async fn status(
     let live = store::live_deployment(app.db.pool(), tenant.id).await?;
     let crashes = live.as_ref().filter(|live| live.restarts > 0).map(|live| {
         let exit = live.last_exit.as_deref().unwrap_or("unknown");
-        format!("The app was restarted {} times since it went live; the last time it ended with {exit}.", live.restarts)
+        format!("The app was restarted {} times since it went live; the last time it {exit}.", live.restarts)
     });
     let data = TenantStatusView {
         status: tenant.status().as_str().to_owned(),
@@ -254,6 +254,7 @@ async fn pushed_digest(app: &App, tenant: &Tenant, named: Option<&str>) -> Resul
 }
 
 #[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 struct DeleteQuery {
     #[serde(default)]
     purge: bool,
@@ -263,8 +264,9 @@ struct DeleteQuery {
 async fn delete(
     State(app): State<App>,
     Extension(tenant): Extension<Tenant>,
-    Query(query): Query<DeleteQuery>,
+    query: Result<Query<DeleteQuery>, QueryRejection>,
 ) -> Result<(StatusCode, axum::Json<Data<serde_json::Value>>), Failure> {
+    let Query(query) = query?;
     let mut tx = app.db.begin().await?;
     let tenant = store::lock(&mut tx, tenant.id)
         .await?

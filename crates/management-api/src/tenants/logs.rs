@@ -7,7 +7,7 @@ use super::{
 use crate::{app::App, http::error::Failure};
 use axum::{
     Extension,
-    extract::{Query, State},
+    extract::{Query, State, rejection::QueryRejection},
     response::{IntoResponse as _, Response, sse},
 };
 use chrono::Utc;
@@ -34,9 +34,10 @@ pub(super) struct LogQuery {
 pub(super) async fn logs(
     State(app): State<App>,
     Extension(tenant): Extension<Tenant>,
-    Query(query): Query<LogQuery>,
+    query: Result<Query<LogQuery>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
+    let Query(query) = query?;
     let start = LogStart::Tail(query.lines.unwrap_or(DEFAULT_LINES).min(MAX_LINES));
     if query.follow {
         let resume = last_event_id(&headers)?.and_then(parse_cursor);

@@ -318,16 +318,13 @@ pub(crate) async fn live_deployment(pool: &PgPool, tenant: TenantId) -> Result<O
         .transpose()
 }
 
-/// The deployment whose instance's output is of interest: the pending one, else the newest.
+/// The deployment whose instance's output is of interest: the newest that got one, also when it failed.
 pub(crate) async fn newest_deployment(pool: &PgPool, tenant: TenantId) -> Result<Option<Deployment>, sqlx::Error> {
-    select_deployments!(
-        "tenant_id = $1 AND instance IS NOT NULL ORDER BY (state = 'live') DESC, created_at DESC LIMIT 1",
-        tenant.uuid()
-    )
-    .fetch_optional(pool)
-    .await?
-    .map(Deployment::try_from)
-    .transpose()
+    select_deployments!("tenant_id = $1 AND instance IS NOT NULL ORDER BY created_at DESC LIMIT 1", tenant.uuid())
+        .fetch_optional(pool)
+        .await?
+        .map(Deployment::try_from)
+        .transpose()
 }
 
 /// An earlier deploy call with the same idempotency key.

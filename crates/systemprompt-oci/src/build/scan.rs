@@ -104,8 +104,12 @@ impl State {
                 break;
             }
             let before = if start == 0 { self.before } else { Some(window[start - 1]) };
-            // `task-…` is no `sk-…`: a token starts where no word goes on.
-            if before.is_some_and(is_word) && rule != Rule::PrivateKey {
+            // `task-…` is no `sk-…`: a token starts where no word goes on. Ours has a checksum and needs no such help,
+            // so an escape or a name before it hides nothing.
+            if before.is_some_and(is_word)
+                && !matches!(rule, Rule::PrivateKey | Rule::Ours)
+                && !after_escape(window, start)
+            {
                 continue;
             }
             let end = window.len().min(start + MAX_TOKEN);
@@ -114,6 +118,16 @@ impl State {
             }
         }
         self.lines += line_ends(&window[..decided]);
+    }
+}
+
+/// Behind `\\n`, `\\r`, `\\t` or `%3D`: the word character belongs to an escape and not to the text.
+fn after_escape(window: &[u8], start: usize) -> bool {
+    let before = &window[start.saturating_sub(3)..start];
+    match before {
+        [.., b'\\', b'n' | b'r' | b't'] => true,
+        [b'%', high, low] => high.is_ascii_hexdigit() && low.is_ascii_hexdigit(),
+        _ => false,
     }
 }
 

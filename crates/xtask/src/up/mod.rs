@@ -106,8 +106,10 @@ fn serve(shell: &Shell, cloud: &mut Cloud, options: &Options, started: Instant) 
     if tenant.is_new {
         eprintln!("deploying the example to {} …", tenant.url);
         timings.deploy = Some(cloud.deploy(shell, &tenant)?.wall);
+        cloud.verify(shell, &tenant)?;
+    } else {
+        cloud.verify_answers(shell, &tenant)?;
     }
-    cloud.verify(shell, &tenant)?;
     timings.total = Some(started.elapsed());
     if !options.once {
         eprintln!("{}", report::welcome(cloud.installation(), &tenant));
