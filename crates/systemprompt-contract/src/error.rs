@@ -82,6 +82,8 @@ codes! {
     AppFailed = "app_failed", 503;
     /// The host is not one this connection's certificate is for.
     MisdirectedRequest = "misdirected_request", 421;
+    /// The head of the request is larger than this server takes.
+    HeaderTooLarge = "header_too_large", 431;
     /// The body came too slowly.
     RequestTimeout = "request_timeout", 408;
 }

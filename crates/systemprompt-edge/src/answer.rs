@@ -1,6 +1,6 @@
 //! What the edge answers by itself: a page for browsers, JSON for everything else.
 
-use crate::{body::ResponseBody, headers::X_REQUEST_ID, routes::Why};
+use crate::{body::ResponseBody, gate::Refusal, headers::X_REQUEST_ID, routes::Why};
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
@@ -13,6 +13,8 @@ const X_SYSTEMPROMPT_ERROR: HeaderName = HeaderName::from_static("x-systemprompt
 /// Why a request was not forwarded, or not answered by its upstream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Problem {
+    Refused(Refusal),
+    NotHere,
     BadHost,
     AmbiguousHost,
     BadTarget,
@@ -37,6 +39,24 @@ struct Text {
 impl Problem {
     fn text(self) -> Text {
         let (code, message, hint, retry_after) = match self {
+            Self::Refused(Refusal::TooLarge) => (
+                ErrorCode::HeaderTooLarge,
+                "The head of the request is larger than 16 KiB, or has more than 100 fields.",
+                "Send fewer or shorter header fields; cookies are the usual cause.",
+                None,
+            ),
+            Self::Refused(refusal) => (
+                ErrorCode::BadRequest,
+                refusal.message(),
+                "Send requests as RFC 9112 has them; the connection was closed.",
+                None,
+            ),
+            Self::NotHere => (
+                ErrorCode::BadRequest,
+                "There is no such host here.",
+                "Ask for https://HOST/ by a name of this installation.",
+                None,
+            ),
             Self::BadHost => (
                 ErrorCode::BadRequest,
                 "The Host of the request is not a host name.",

@@ -52,8 +52,6 @@ impl fmt::Display for Upstream {
 pub struct Limits {
     /// Size of a request head, in bytes, beyond which the answer is 431.
     pub head_bytes: usize,
-    /// Fields of a request head beyond which the answer is 431.
-    pub head_fields: usize,
     /// How long a request head of HTTP/1.1 may take to arrive once its first byte came.
     pub head_timeout: Duration,
     /// How long a TLS handshake may take.
@@ -99,7 +97,6 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             head_bytes: 16 * 1024,
-            head_fields: 100,
             head_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
             handshakes: 2048,

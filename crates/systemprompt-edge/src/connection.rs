@@ -4,12 +4,15 @@
 //! No connection has timers of its own: each marks what it waits for, and one sweep a tick looks at all
 //! of them. That keeps clocks and timers off the request path.
 
-use crate::{config::Limits, gate::Upgrade};
+use crate::{
+    config::Limits,
+    gate::{Refusal, Upgrade},
+};
 use futures_util::task::AtomicWaker;
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     task::{Context, Poll},
@@ -28,6 +31,8 @@ pub(crate) struct Connection {
     /// Final answers other than 101; tells the gate that an upgrade was refused.
     answered: AtomicU64,
     upgraded: AtomicBool,
+    /// What the gate refused, behind how many requests.
+    refusal: OnceLock<(u64, Refusal)>,
     gate_waits: AtomicBool,
     gate: AtomicWaker,
     inside_head: AtomicBool,
@@ -73,6 +78,23 @@ impl Connection {
     pub(crate) fn upgraded(&self) {
         self.upgraded.store(true, Relaxed);
         self.gate.wake();
+    }
+
+    /// The gate refuses the message behind this many requests.
+    pub(crate) fn refuse(&self, requests: u64, refusal: Refusal) {
+        let _ = self.refusal.set((requests, refusal));
+    }
+
+    /// Why the request that is to be answered now was refused, if it was.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
+        let (requests, refusal) = self.refusal.get()?;
+        (*requests == self.answered.load(Relaxed)).then_some(*refusal)
+    }
+
+    /// Why the body of the request that is being answered was refused, if it was.
+    pub(crate) fn body_refusal(&self) -> Option<Refusal> {
+        let (requests, refusal) = self.refusal.get()?;
+        (*requests == self.answered.load(Relaxed) + 1).then_some(*refusal)
     }
 
     /// Waits until the request with this number (from 1) was answered.

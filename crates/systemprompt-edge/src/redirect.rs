@@ -1,30 +1,28 @@
 //! The clear HTTP port: sends everybody to HTTPS, and nothing else.
 
-use crate::{certs::CertTable, target::is_loopback};
+use crate::{answer::Problem, body::ResponseBody, certs::CertTable, target::is_loopback};
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Response, StatusCode, Uri,
-    header::{CACHE_CONTROL, CONNECTION, HOST, LOCATION},
+    header::{CACHE_CONTROL, HOST, LOCATION},
 };
-use http_body_util::Full;
 use systemprompt_contract::Hostname;
 
-/// 308 to the same address under HTTPS (the method and the body stay), or 400 for a host that this edge
-/// has no certificate for: redirecting anywhere else would lend our name to strangers.
-pub(crate) fn redirect(uri: &Uri, headers: &HeaderMap, certs: &CertTable, port: u16) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::default());
-    let location =
-        headers.get(HOST).and_then(|host| host.to_str().ok()).and_then(|host| location(host, uri, certs, port));
+/// 308 to the same address under HTTPS (the method and the body stay). A host that this edge has no
+/// certificate for is a problem: redirecting anywhere else would lend our name to strangers.
+pub(crate) fn redirect(
+    uri: &Uri,
+    headers: &HeaderMap,
+    certs: &CertTable,
+    port: u16,
+) -> Result<Response<ResponseBody>, Problem> {
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok());
+    let location = host.and_then(|host| location(host, uri, certs, port)).ok_or(Problem::NotHere)?;
+    let mut response = Response::new(ResponseBody::from(Bytes::new()));
+    *response.status_mut() = StatusCode::PERMANENT_REDIRECT;
     response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    if let Some(location) = location {
-        *response.status_mut() = StatusCode::PERMANENT_REDIRECT;
-        response.headers_mut().insert(LOCATION, location);
-    } else {
-        *response.status_mut() = StatusCode::BAD_REQUEST;
-        *response.body_mut() = Full::from("400: no such host here; ask for https://HOST/ by its name\n");
-    }
-    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-    response
+    response.headers_mut().insert(LOCATION, location);
+    Ok(response)
 }
 
 fn location(host: &str, uri: &Uri, certs: &CertTable, port: u16) -> Option<HeaderValue> {

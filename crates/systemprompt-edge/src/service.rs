@@ -103,6 +103,9 @@ impl Client {
         let id = self.worker.request_id();
         let mut record = Record::begin(id);
         let accept = Accept::header(request.headers());
+        if let Some(refusal) = self.connection.refusal() {
+            return refuse(Problem::Refused(refusal), &accept, id, record);
+        }
         let (host, target) = match self.target(&request) {
             Ok(found) => found,
             Err(problem) => return refuse(problem, &accept, id, record),
@@ -219,7 +222,8 @@ impl Client {
             Ok(answered) => answered,
             Err(error) => {
                 tracing::debug!(upstream = %claim.upstream(), %error, request_id = %id, "no answer from upstream");
-                return refuse(problem(&error, scope), &accept, id, record);
+                let refused = self.connection.body_refusal().map(Problem::Refused);
+                return refuse(refused.unwrap_or_else(|| problem(&error, scope)), &accept, id, record);
             }
         };
         let mut record = record;

@@ -1,6 +1,7 @@
 //! One worker: a thread with a runtime, listeners, connections and an upstream pool of its own.
 
 use crate::{
+    answer::{Accept, Problem, answer},
     bind::Purpose,
     certs::CertTable,
     config::EdgeConfig,
@@ -18,6 +19,7 @@ use crate::{
     upstream::BUFFER_BYTES,
 };
 use arc_swap::ArcSwap;
+use http::{HeaderValue, header::CONNECTION};
 use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
@@ -329,8 +331,14 @@ impl Opened {
 async fn serve_redirects(worker: &Arc<Worker>, connection: &Arc<Connection>, stream: Watched<TcpStream>) {
     let io = TokioIo::new(Gate::new(stream, Arc::clone(connection), worker.config.limits.head_bytes));
     let service = service_fn(|request: hyper::Request<Incoming>| {
-        let response = redirect(request.uri(), request.headers(), &worker.certs.load(), worker.redirect_port);
+        let redirected = match connection.refusal() {
+            Some(refusal) => Err(Problem::Refused(refusal)),
+            None => redirect(request.uri(), request.headers(), &worker.certs.load(), worker.redirect_port),
+        };
         connection.answered();
+        let mut response = redirected
+            .unwrap_or_else(|problem| answer(problem, &Accept::header(request.headers()), worker.request_id()));
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         std::future::ready(Ok::<_, Infallible>(response))
     });
     let mut connected = std::pin::pin!(h1_builder(&worker.config).serve_connection(io, service));
@@ -372,7 +380,7 @@ fn h1_builder(config: &EdgeConfig) -> http1::Builder {
         // hyper's own timer costs an allocation and two clock reads for each request, and cannot tell an
         // idle connection from a slow head. The sweep does both, by what the gate sees.
         .header_read_timeout(None)
-        .max_headers(limits.head_fields.min(FIELD_SLOTS))
+        .max_headers(FIELD_SLOTS)
         .max_header_size(limits.head_bytes)
         .max_buf_size(BUFFER_BYTES);
     builder

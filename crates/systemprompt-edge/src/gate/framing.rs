@@ -11,6 +11,8 @@
 //! | `Waiting` | the answer: [`Framing::resume`] to `Head`, [`Framing::tunnel`] to `Tunnel` |
 //! | `Tunnel` | never |
 //! | `Refused` | never |
+//!
+//! A head that comes in pieces is kept here until it is whole, so that nothing of a refused one goes on.
 
 use std::mem::MaybeUninit;
 
@@ -20,13 +22,13 @@ const EXTENSION_BYTES: usize = 256;
 const TRAILER_BYTES: usize = 8 * 1024;
 /// Empty lines tolerated before a request line (RFC 9112, 2.2).
 const EMPTY_LINES: u8 = 2;
-/// Fields the parser has room for; hyper counts the configured limit, which must not be larger.
-pub(crate) const FIELD_SLOTS: usize = 128;
+/// Fields one head may have; hyper has room for as many, so that it never refuses what was accepted here.
+pub(crate) const FIELD_SLOTS: usize = 100;
 
 /// What to do with the bytes just seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// All of them may go on.
+    /// All of them may go on, but for [`Framing::withheld`] at their end.
     Pass,
     /// The bytes before this index may go on; what follows waits for the answer to an upgrade.
     Hold(usize),
@@ -34,36 +36,55 @@ pub enum Step {
     Refuse(usize, Refusal),
 }
 
+/// Which part of a message was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// The head: nothing of the message went on.
+    Head,
+    /// The body: its head went on, and maybe the beginning of the body.
+    Body,
+}
+
 /// Why a message is refused. All are answered 400, [`Refusal::TooLarge`] 431; the connection closes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     /// LF without CR, or CR without LF.
-    #[error("a line must end with CRLF")]
     LineEnd,
     /// Not an HTTP/1 head: bad characters, folded lines, white space before a colon, other versions.
-    #[error("the head is not HTTP/1.1")]
     Head,
     /// Head or trailers beyond the limit.
-    #[error("the head is too large")]
     TooLarge,
     /// Neither a path, nor an absolute http(s) URI, nor `*` for OPTIONS; or a fragment; or CONNECT.
-    #[error("the request target is not one this server takes")]
     Target,
     /// None or several on HTTP/1.1, or another one than the target's authority.
-    #[error("expected exactly one Host, the same as in the target")]
     Host,
     /// Several, or not plain digits.
-    #[error("expected at most one Content-Length of digits")]
     ContentLength,
     /// Not exactly one `chunked`, on HTTP/1.0, or beside a Content-Length.
-    #[error("expected Transfer-Encoding to be `chunked`, alone, on HTTP/1.1, without Content-Length")]
     TransferEncoding,
     /// A framing field spelt with an underscore, which some parsers take for the real one.
-    #[error("a framing field is spelt with an underscore")]
     Underscore,
     /// A chunk whose size or end is malformed, or whose extension is too long.
-    #[error("malformed chunk")]
     Chunk,
+}
+
+impl Refusal {
+    /// A sentence for whoever sent the message.
+    pub(crate) fn message(self) -> &'static str {
+        match self {
+            Self::LineEnd => "A line of the request does not end with CRLF.",
+            Self::Head => "The head of the request is not HTTP/1.1.",
+            Self::TooLarge => "The head of the request is too large.",
+            Self::Target => "The request target is not one this server takes.",
+            Self::Host => "Expected exactly one Host, the same as in the target.",
+            Self::ContentLength => "Expected at most one Content-Length of digits.",
+            Self::TransferEncoding => {
+                "Expected Transfer-Encoding to be `chunked`, alone, on HTTP/1.1, without Content-Length."
+            }
+            Self::Underscore => "A framing field is spelt with an underscore.",
+            Self::Chunk => "The body of the request is not well chunked.",
+        }
+    }
 }
 
 /// The reader of one connection's framing.
@@ -73,6 +94,8 @@ pub struct Framing {
     head_bytes: usize,
     /// The head so far, when it did not come in one piece.
     partial: Vec<u8>,
+    /// What was kept of a head that is whole now.
+    released: Vec<u8>,
     scan: Scan,
     heads: u64,
 }
@@ -84,7 +107,7 @@ enum State {
     Chunked(Chunk),
     Waiting,
     Tunnel,
-    Refused,
+    Refused(Refused),
 }
 
 /// Where in a chunked body the next byte falls.
@@ -123,7 +146,14 @@ enum Next {
 impl Framing {
     /// A reader at the start of a connection that accepts heads of up to `head_bytes`.
     pub fn new(head_bytes: usize) -> Self {
-        Self { state: State::Head, head_bytes, partial: Vec::new(), scan: Scan::default(), heads: 0 }
+        Self {
+            state: State::Head,
+            head_bytes,
+            partial: Vec::new(),
+            released: Vec::new(),
+            scan: Scan::default(),
+            heads: 0,
+        }
     }
 
     /// How many heads were accepted.
@@ -148,7 +178,24 @@ impl Framing {
 
     /// Whether the connection was refused.
     pub fn is_refused(&self) -> bool {
-        self.state == State::Refused
+        self.refused().is_some()
+    }
+
+    pub(crate) fn refused(&self) -> Option<Refused> {
+        match self.state {
+            State::Refused(part) => Some(part),
+            _ => None,
+        }
+    }
+
+    /// How many of the last bytes belong to a head that is not whole yet; they may not go on.
+    pub(crate) fn withheld(&self) -> usize {
+        if self.state == State::Head { self.partial.len() } else { 0 }
+    }
+
+    /// What was withheld of a head that became whole with the last bytes: it goes on before them.
+    pub(crate) fn take_released(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.released)
     }
 
     /// The upgrade was not accepted: HTTP goes on.
@@ -177,12 +224,12 @@ impl Framing {
                 State::Chunked(chunk) => self.chunked(rest, chunk),
                 State::Waiting => return Step::Hold(at),
                 State::Tunnel => return Step::Pass,
-                State::Refused => return Step::Refuse(at, Refusal::Head),
+                State::Refused(_) => return Step::Refuse(at, Refusal::Head),
             };
             match result {
                 Ok(read) => at += read,
                 Err(refusal) => {
-                    self.state = State::Refused;
+                    self.state = State::Refused(if self.state == State::Head { Refused::Head } else { Refused::Body });
                     self.partial = Vec::new();
                     return Step::Refuse(at, refusal);
                 }
@@ -213,8 +260,10 @@ impl Framing {
         self.partial.extend_from_slice(bytes);
         match self.scan.end_of_head(&self.partial)? {
             Some(end) => {
-                let head = std::mem::take(&mut self.partial);
+                let mut head = std::mem::take(&mut self.partial);
                 self.accept(&head[..end])?;
+                head.truncate(before);
+                self.released = head;
                 Ok(end - before)
             }
             None if self.partial.len() > self.head_bytes => Err(Refusal::TooLarge),

@@ -1,13 +1,15 @@
 //! The framing gate: stands between TLS and hyper on HTTP/1.1 connections and lets only those bytes
 //! through that can be read in one way.
 //!
-//! What is refused is replaced by a NUL byte, which no HTTP parser accepts: hyper answers what was
-//! asked before, then 400, and closes. Nothing of a refused head reaches routing, and a body that turns
-//! out malformed ends as an aborted request upstream.
+//! hyper sees whole heads only. In the place of a refused one it gets a request of ours, so that the
+//! refusal is answered in its turn, like any other problem, and the connection closes. A body that turns
+//! out malformed goes on as a NUL byte, which hyper takes for a broken body too: the request ends as
+//! aborted upstream.
 
 mod framing;
 
 pub(crate) use framing::FIELD_SLOTS;
+use framing::Refused;
 pub use framing::{Framing, Refusal, Step};
 
 use crate::connection::Connection;
@@ -23,8 +25,9 @@ use tokio::{
     time::Sleep,
 };
 
-/// Stands in for a refused message. The empty line makes hyper parse a head at once, of which it may
-/// have the beginning already.
+/// Stands in for a refused head; the service knows it by [`Connection::refusal`].
+const SUBSTITUTE: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
+/// Stands in for the rest of a refused body.
 const POISON: &[u8] = b"\0\r\n\r\n";
 
 /// How long, and how many bytes, are read and thrown away after the answer to a refused message, so
@@ -39,9 +42,30 @@ pub(crate) struct Gate<S> {
     connection: Arc<Connection>,
     /// Bytes that came behind an upgrade request, kept until its answer.
     held: Vec<u8>,
-    /// What is left of [`POISON`] to hand on.
-    poison: &'static [u8],
+    /// Judged bytes that hyper had no room for yet.
+    passed: Passed,
     linger: Option<Linger>,
+}
+
+#[derive(Default)]
+struct Passed {
+    bytes: Vec<u8>,
+    read: usize,
+}
+
+impl Passed {
+    fn is_empty(&self) -> bool {
+        self.read == self.bytes.len()
+    }
+
+    fn pour(&mut self, buf: &mut ReadBuf<'_>) {
+        let now = (self.bytes.len() - self.read).min(buf.remaining());
+        buf.put_slice(&self.bytes[self.read..self.read + now]);
+        self.read += now;
+        if self.is_empty() {
+            *self = Self::default();
+        }
+    }
 }
 
 struct Linger {
@@ -51,34 +75,47 @@ struct Linger {
 
 impl<S> Gate<S> {
     pub(crate) fn new(io: S, connection: Arc<Connection>, head_bytes: usize) -> Self {
-        Self { io, framing: Framing::new(head_bytes), connection, held: Vec::new(), poison: &[], linger: None }
+        Self {
+            io,
+            framing: Framing::new(head_bytes),
+            connection,
+            held: Vec::new(),
+            passed: Passed::default(),
+            linger: None,
+        }
     }
 
-    fn pour(&mut self, buf: &mut ReadBuf<'_>) {
-        let (now, later) = self.poison.split_at(self.poison.len().min(buf.remaining()));
-        buf.put_slice(now);
-        self.poison = later;
-    }
-
+    /// Judges what was read into `buf` from `before` on, and leaves in it what may go on now.
     fn judge(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
         let step = self.framing.feed(&buf.filled()[before..]);
-        match step {
-            Step::Pass => {}
+        let end = match step {
+            Step::Pass => buf.filled().len().saturating_sub(self.framing.withheld()).max(before),
             Step::Hold(index) => {
                 let rest = buf.filled()[before + index..].to_vec();
                 self.held.splice(0..0, rest);
-                buf.set_filled(before + index);
-            }
-            // hyper counts by itself and answers 431; the rest of the head is never read.
-            Step::Refuse(_, Refusal::TooLarge) => {
-                tracing::debug!(reason = %Refusal::TooLarge, "request refused");
+                before + index
             }
             Step::Refuse(index, refusal) => {
-                tracing::debug!(reason = %refusal, "request refused");
-                buf.set_filled(before + index);
-                self.poison = POISON;
-                self.pour(buf);
+                tracing::debug!(reason = refusal.message(), "request refused");
+                self.connection.refuse(self.framing.heads(), refusal);
+                before + index
             }
+        };
+        let mut behind = self.framing.take_released();
+        let stand_in = match self.framing.refused() {
+            None => &[][..],
+            Some(Refused::Head) => SUBSTITUTE,
+            Some(Refused::Body) => POISON,
+        };
+        if behind.is_empty() && stand_in.is_empty() {
+            // The usual case: what was read is left where it is.
+            buf.set_filled(end);
+        } else {
+            behind.extend_from_slice(&buf.filled()[before..end]);
+            behind.extend_from_slice(stand_in);
+            buf.set_filled(before);
+            self.passed = Passed { bytes: behind, read: 0 };
+            self.passed.pour(buf);
         }
         self.connection.inside_head(self.framing.inside_head());
     }
@@ -121,23 +158,35 @@ pub(crate) enum Upgrade {
 impl<S: AsyncRead + Unpin> AsyncRead for Gate<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.framing.is_refused() {
-            this.pour(buf);
-            return Poll::Ready(Ok(()));
-        }
-        if this.framing.is_waiting() {
-            ready!(this.poll_answer(cx));
-        }
         let before = buf.filled().len();
-        if this.held.is_empty() {
-            ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
-        } else {
-            let length = this.held.len().min(buf.remaining());
-            buf.put_slice(&this.held[..length]);
-            this.held.drain(..length);
+        loop {
+            if !this.passed.is_empty() {
+                this.passed.pour(buf);
+                return Poll::Ready(Ok(()));
+            }
+            if this.framing.is_refused() {
+                // Not the end: hyper would drop what it has not answered yet. It closes after the answer.
+                return Poll::Pending;
+            }
+            if this.framing.is_waiting() {
+                ready!(this.poll_answer(cx));
+            }
+            if this.held.is_empty() {
+                ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
+                if buf.filled().len() == before {
+                    return Poll::Ready(Ok(()));
+                }
+            } else {
+                let length = this.held.len().min(buf.remaining());
+                buf.put_slice(&this.held[..length]);
+                this.held.drain(..length);
+            }
+            this.judge(buf, before);
+            // Nothing for hyper in it: no bytes would mean the end.
+            if buf.filled().len() > before {
+                return Poll::Ready(Ok(()));
+            }
         }
-        this.judge(buf, before);
-        Poll::Ready(Ok(()))
     }
 }
 
@@ -171,5 +220,53 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Gate<S> {
             ready!(this.poll_linger(cx));
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    /// What hyper would see of `bytes` that come in pieces of `piece`, read `room` at a time.
+    async fn through(bytes: &[u8], piece: usize, room: usize) -> Vec<u8> {
+        let (mut client, server) = tokio::io::duplex(piece);
+        let bytes = bytes.to_vec();
+        tokio::spawn(async move {
+            client.write_all(&bytes).await.ok();
+        });
+        let mut gate = Gate::new(server, Arc::default(), 1024);
+        let mut seen = Vec::new();
+        let mut buf = vec![0; room];
+        loop {
+            let read = tokio::time::timeout(Duration::from_secs(10), gate.read(&mut buf)).await.expect("bytes");
+            let length = read.expect("no error");
+            seen.extend_from_slice(&buf[..length]);
+            if length == 0 || seen.ends_with(SUBSTITUTE) || seen.ends_with(POISON) {
+                return seen;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn heads_go_on_whole_or_not_at_all() {
+        let get = "GET /a HTTP/1.1\r\nHost: a\r\n\r\n";
+        let post = "POST /b HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
+        let two_hosts = "GET /c HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n";
+        let whole = format!("{get}{post}{get}");
+        let refused = format!("{get}{post}{two_hosts}{get}");
+        let substituted = [get.as_bytes(), post.as_bytes(), SUBSTITUTE].concat();
+        for piece in [1, 2, 7, 30, 1000] {
+            for room in [1, 5, 64, 4096] {
+                let seen = through(whole.as_bytes(), piece, room).await;
+                assert_eq!(seen, whole.as_bytes(), "{piece} {room}");
+                let seen = through(refused.as_bytes(), piece, room).await;
+                assert_eq!(seen, substituted, "{piece} {room}: {}", String::from_utf8_lossy(&seen));
+            }
+        }
+        let unfinished = format!("{get}GET /b HT");
+        assert_eq!(through(unfinished.as_bytes(), 3, 64).await, get.as_bytes());
+        let broken = through(post.replace("3\r\n", "3\n").as_bytes(), 1000, 4096).await;
+        assert!(broken.starts_with(&post.as_bytes()[..40]) && broken.ends_with(POISON));
     }
 }

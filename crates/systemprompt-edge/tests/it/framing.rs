@@ -239,12 +239,15 @@ async fn check(edge: &TestEdge, upstream: &Server, pieces: Vec<Vec<u8>>, text: &
         Expect::Refused(status) => {
             let answer = Answer::read(&mut stream).await.unwrap_or_else(|| panic!("no answer: {shown:?}"));
             assert_eq!(answer.status, status, "{shown:?}");
+            answer.explains();
             assert!(is_closed(&mut stream).await, "left open: {shown:?}");
             assert_eq!(upstream.take(), [], "forwarded: {shown:?}");
         }
         Expect::Broken => {
             let answer = Answer::read(&mut stream).await;
-            assert!(answer.is_none_or(|answer| answer.status >= 400), "{shown:?}");
+            let answer = answer.unwrap_or_else(|| panic!("no answer: {shown:?}"));
+            assert!(matches!(answer.status, 400 | 431), "{answer:?} for {shown:?}");
+            answer.explains();
             assert!(is_closed(&mut stream).await, "left open: {shown:?}");
             assert_eq!(upstream.take(), [], "forwarded whole: {shown:?}");
         }

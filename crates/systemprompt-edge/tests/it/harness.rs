@@ -269,6 +269,16 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
+    /// An answer of the edge's own says what is wrong, what to do, and under which id the log has it.
+    pub(crate) fn explains(&self) {
+        let error = &self.json()["error"];
+        for field in ["code", "message", "hint"] {
+            assert!(!error[field].as_str().unwrap_or_default().is_empty(), "{self:?}");
+        }
+        assert_eq!(error["request_id"], self.header("x-request-id"), "{self:?}");
+        assert_eq!(self.header("x-systemprompt-error"), error["code"], "{self:?}");
+    }
+
     pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().expect("text"))
     }

@@ -53,7 +53,9 @@ async fn an_endless_head_is_431() {
             break;
         }
     }
-    assert_eq!(Answer::read(&mut stream).await.expect("answer").status, 431);
+    let answer = Answer::read(&mut stream).await.expect("answer");
+    assert_eq!((answer.status, answer.header("x-systemprompt-error")), (431, "header_too_large"));
+    answer.explains();
     assert!(is_closed(&mut stream).await);
 }
 

@@ -108,9 +108,10 @@ async fn sixteen_mebibytes_pass_both_ways() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_in_the_middle_frees_the_upstream() {
     for whole in [false, true] {
-        let aborted = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&aborted);
+        let (begun, aborted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (called, flag) = (Arc::clone(&begun), Arc::clone(&aborted));
         let server = Server::tcp(move |mut request: Request<Incoming>| {
+            called.store(true, Ordering::SeqCst);
             let flag = SetOnDrop(Arc::clone(&flag));
             async move {
                 let _flag = flag;
@@ -130,6 +131,7 @@ async fn a_client_that_leaves_in_the_middle_frees_the_upstream() {
         stream.write_all(head.as_bytes()).await.expect("write");
         let (handle, upstream) = (edge.handle.clone(), server.upstream.clone());
         eventually("the claim", || handle.in_flight(&upstream) == 1).await;
+        eventually("the app's turn", || begun.load(Ordering::SeqCst)).await;
         drop(stream);
         eventually("the claim ends", || handle.in_flight(&upstream) == 0).await;
         let open = Arc::clone(&server.open);
