@@ -7,7 +7,7 @@ use crate::{
 };
 use std::{error::Error, time::Duration};
 use systemprompt_contract::{
-    CheckoutCreated, CheckoutId, CheckoutRequest, Event, ProvisioningEvent, ProvisioningEventType, TenantId,
+    CheckoutCreated, CheckoutId, CheckoutRequest, Event, ProvisioningEvent, ProvisioningEventType, RequestId, TenantId,
 };
 
 const PORT: u16 = 8766;
@@ -81,6 +81,14 @@ impl CheckoutError {
             Self::Failed { .. } => "provisioning_failed",
             Self::NotYet { .. } => "checkout_pending",
             Self::Sink(_) => "file",
+        }
+    }
+
+    /// Finds the call that failed in the log of the cloud.
+    pub fn request_id(&self) -> Option<RequestId> {
+        match self {
+            Self::Cloud(error) => error.request_id(),
+            Self::Declined { .. } | Self::Failed { .. } | Self::NotYet { .. } | Self::Sink(_) => None,
         }
     }
 

@@ -21,11 +21,11 @@ use std::{
 };
 use systemprompt_contract::{
     ApiError, DeployAccepted, DeployRequest, DeploymentEvent, DeploymentId, DeploymentState, ErrorCode, Event,
-    OperationId, OperationStatus, RegistryToken, TenantId, token,
+    OperationId, OperationStatus, RegistryToken, RequestId, TenantId, token,
 };
 use systemprompt_oci::{
     BuiltImage, ImageBuilder, PushError, PushEvent, PushReport, RegistryClient,
-    build::{BuildError, BuildEvent, BuildSpec, LayerCache},
+    build::{BuildError, BuildEvent, BuildSpec, LayerCache, LeftOut},
 };
 use url::Url;
 
@@ -63,6 +63,8 @@ pub enum PushMode {
 pub enum DeployProgress {
     /// The next state begins.
     Stage(DeployStage),
+    /// What was found in the project and does not go into the image; not empty.
+    LeftOut(Vec<LeftOut>),
     /// The build came further.
     Build(BuildEvent),
     /// The push came further.
@@ -168,6 +170,15 @@ impl DeployError {
         }
     }
 
+    /// Finds the call that failed in the log of the cloud.
+    pub fn request_id(&self) -> Option<RequestId> {
+        match self {
+            Self::Cloud(error) | Self::Lost { source: error, .. } => error.request_id(),
+            Self::Failed { error, .. } => error.request_id,
+            Self::Build(_) | Self::Push(_) | Self::Registry(_) | Self::BuildStopped => None,
+        }
+    }
+
     /// What to do next.
     pub fn hint(&self) -> Option<String> {
         match self {
@@ -245,7 +256,11 @@ impl Deploy {
         let built = tokio::task::spawn_blocking(move || {
             let builder = ImageBuilder::new(spec.build);
             let cache = LayerCache::open(spec.cache_dir)?;
-            builder.build(&builder.plan()?, &cache, &|event| sink(DeployProgress::Build(event)))
+            let plan = builder.plan()?;
+            if !plan.left_out.is_empty() {
+                sink(DeployProgress::LeftOut(plan.left_out.clone()));
+            }
+            builder.build(&plan, &cache, &|event| sink(DeployProgress::Build(event)))
         });
         let image = built.await.map_err(|_| DeployError::BuildStopped)??;
         Ok(State::Token { image: Arc::new(image), tokens: 1 })

@@ -2,7 +2,7 @@
 
 use crate::api_url::ApiUrl;
 use std::error::Error;
-use systemprompt_contract::{ApiError, ErrorCode};
+use systemprompt_contract::{ApiError, ErrorCode, RequestId};
 
 /// A call to the Management API that did not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +71,14 @@ impl CloudError {
             Self::Unauthorized { api_url } => Some(log_in_to(api_url)),
             Self::Unreachable { kind, .. } => Some(kind.hint().to_owned()),
             Self::Unexpected { .. } => Some("Check --api-url; a proxy may have answered in its place.".to_owned()),
+        }
+    }
+
+    /// Finds the call in the log of the cloud, when the API gave its id.
+    pub fn request_id(&self) -> Option<RequestId> {
+        match self {
+            Self::Api(error) => error.request_id,
+            _ => None,
         }
     }
 

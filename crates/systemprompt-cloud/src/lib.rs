@@ -40,6 +40,6 @@ pub use private_file::PrivateFileError;
 pub use project::{Profile, ProfileTarget, Project, ProjectError};
 pub use systemprompt_oci::{
     PushEvent, PushReport,
-    build::{BuildEvent, BuildSpec, ImageBuilder, Plan, PlannedLayer},
+    build::{BuildError, BuildEvent, BuildSpec, ImageBuilder, LayerCache, LeftOut, Plan, PlannedLayer},
 };
 pub use tenants::{NewCloudTenantParams, StoredTenant, TenantStore, TenantStoreError, TenantType};

@@ -9,7 +9,7 @@ use crate::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use sha2::{Digest as _, Sha256};
 use std::time::Duration;
-use systemprompt_contract::{Secret, SignedIn, TokenExchange, paths, token::random_text};
+use systemprompt_contract::{RequestId, Secret, SignedIn, TokenExchange, paths, token::random_text};
 use url::form_urlencoded;
 
 const PORT: u16 = 8765;
@@ -42,6 +42,14 @@ impl LoginError {
             Self::Callback(CallbackError::Bind(_)) => "no_loopback_port",
             Self::Denied { .. } => "sign_in_refused",
             Self::Cloud(error) => error.code(),
+        }
+    }
+
+    /// Finds the call that failed in the log of the cloud.
+    pub fn request_id(&self) -> Option<RequestId> {
+        match self {
+            Self::Cloud(error) => error.request_id(),
+            Self::Callback(_) | Self::Denied { .. } => None,
         }
     }
 

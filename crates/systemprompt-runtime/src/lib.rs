@@ -22,13 +22,14 @@ pub use config::{ConfigError, RuntimeConfig, RuntimeDefaults};
 pub use database::DatabaseError;
 pub use server::{RuntimeError, serve, serve_on};
 
-/// Sends the log to standard output, one JSON object a line; `RUST_LOG` chooses what (default `info`).
+/// Sends the log to standard error, one JSON object a line; `RUST_LOG` chooses what (default `info`).
 ///
 /// Call it once, from `main`; a second call changes nothing.
-pub fn log_to_stdout() {
+pub fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let subscriber = tracing_subscriber::fmt().json().flatten_event(true).with_env_filter(filter);
+    let subscriber =
+        tracing_subscriber::fmt().json().flatten_event(true).with_writer(std::io::stderr).with_env_filter(filter);
     if subscriber.try_init().is_err() {
         tracing::debug!("a log was set up before");
     }

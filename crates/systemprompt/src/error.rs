@@ -4,6 +4,7 @@ use std::{error::Error, process::ExitCode};
 use systemprompt_cloud::{
     CheckoutError, CloudError, CredentialsError, DeployError, HttpError, LoginError, ProjectError, TenantStoreError,
 };
+use systemprompt_contract::RequestId;
 
 /// How a command ends when it does not succeed.
 #[derive(Debug)]
@@ -26,6 +27,8 @@ pub(crate) struct Failure {
     pub(crate) code: String,
     pub(crate) message: String,
     pub(crate) hint: Option<String>,
+    /// Finds the call in the log of the cloud.
+    pub(crate) request_id: Option<RequestId>,
     /// Lines to show before the message: the last words of a failed instance.
     pub(crate) details: Vec<String>,
 }
@@ -74,11 +77,18 @@ impl CliError {
     fn of(error: &(dyn Error + 'static), code: &str, hint: Option<String>) -> Self {
         Self::Failed(Failure { hint, ..Failure::new(code, with_causes(error)) })
     }
+
+    fn request(mut self, id: Option<RequestId>) -> Self {
+        if let Self::Failed(failure) = &mut self {
+            failure.request_id = id;
+        }
+        self
+    }
 }
 
 impl Failure {
     fn new(code: &str, message: impl Into<String>) -> Self {
-        Self { code: code.to_owned(), message: message.into(), hint: None, details: Vec::new() }
+        Self { code: code.to_owned(), message: message.into(), hint: None, request_id: None, details: Vec::new() }
     }
 }
 
@@ -115,7 +125,19 @@ macro_rules! from_library {
     )*};
 }
 
-from_library!(CloudError, CredentialsError, LoginError, TenantStoreError);
+from_library!(CredentialsError, TenantStoreError);
+
+macro_rules! from_call {
+    ($($error:ty),*) => {$(
+        impl From<$error> for CliError {
+            fn from(error: $error) -> Self {
+                Self::of(&error, error.code(), error.hint()).request(error.request_id())
+            }
+        }
+    )*};
+}
+
+from_call!(CloudError, LoginError);
 
 impl From<ProjectError> for CliError {
     fn from(error: ProjectError) -> Self {
@@ -136,14 +158,14 @@ impl From<CheckoutError> for CliError {
                 Ok(error) => (*error).into(),
                 Err(error) => Self::new("system", error.to_string()),
             },
-            other => Self::of(&other, other.code(), other.hint()),
+            other => Self::of(&other, other.code(), other.hint()).request(other.request_id()),
         }
     }
 }
 
 impl From<DeployError> for CliError {
     fn from(error: DeployError) -> Self {
-        let mut failed = Self::of(&error, error.code(), error.hint());
+        let mut failed = Self::of(&error, error.code(), error.hint()).request(error.request_id());
         if let (Self::Failed(failure), DeployError::Failed { logs, .. }) = (&mut failed, error) {
             failure.details = logs;
         }

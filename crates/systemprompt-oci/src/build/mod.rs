@@ -1,6 +1,7 @@
 //! Builds the image of a tenant from the files of a project: no daemon, no base image, no root.
 //!
-//! [`ImageBuilder::plan`] decides what goes in and reads nothing; [`ImageBuilder::build`] reads, scans, packs and
+//! [`ImageBuilder::plan`] decides what goes in and reads nothing; [`ImageBuilder::check`] looks for secrets in it;
+//! [`ImageBuilder::build`] reads, scans, packs and
 //! compresses what the [`LayerCache`] does not have. The same files give the same digests on every machine with the
 //! same libraries: entries are sorted, owners are root, times are fixed, modes are 0644 or 0755, and the compressor is
 //! pinned.
@@ -210,6 +211,16 @@ impl ImageBuilder {
         });
         cache.save();
         Ok(assemble(plan, layers?))
+    }
+
+    /// Reads and scans what the plan says, as [`Self::build`] does first, and packs nothing. Blocks.
+    ///
+    /// # Errors
+    /// As [`Self::build`].
+    pub fn check(&self, plan: &Plan, cache: &LayerCache) -> Result<(), BuildError> {
+        digest_files(plan, cache)?;
+        cache.save();
+        Ok(())
     }
 
     fn services(&self, project: &mut Project<'_>) -> Result<(LayerDraft, String), BuildError> {

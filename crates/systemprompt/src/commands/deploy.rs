@@ -13,8 +13,8 @@ use std::{
     },
 };
 use systemprompt_cloud::{
-    BuildEvent, BuildSpec, Deploy, DeployError, DeployProgress, DeploySink, DeploySpec, DeployStage, Deployed,
-    HOW_TO_LOOK, ImageBuilder, Plan, Profile, ProfileTarget, PushEvent, PushMode,
+    BuildError, BuildEvent, BuildSpec, Deploy, DeployError, DeployProgress, DeploySink, DeploySpec, DeployStage,
+    Deployed, HOW_TO_LOOK, ImageBuilder, LayerCache, LeftOut, Plan, Profile, ProfileTarget, PushEvent, PushMode,
 };
 use systemprompt_contract::{DeploymentId, OperationId, TenantId};
 
@@ -45,7 +45,7 @@ pub(crate) async fn deploy(request: Request, settings: &Settings, printer: &Prin
     let profile = cloud_profile(settings)?;
     let build = build_spec(&request, &profile, settings)?;
     if request.dry_run {
-        let plan = ImageBuilder::new(build).plan().map_err(DeployError::from)?;
+        let plan = planned(&ImageBuilder::new(build), settings).map_err(DeployError::from)?;
         return printer.value(ArtifactType::Table, &plan, |text| describe(&plan, text));
     }
     let tenant = cloud_tenant(&settings.tenant_in_force(request.tenant.as_deref(), Some(&profile))?)?;
@@ -64,6 +64,13 @@ pub(crate) async fn deploy(request: Request, settings: &Settings, printer: &Prin
     };
     progress.finish();
     report(tenant, outcome?, printer)
+}
+
+/// What would go in, if nothing in it is a secret.
+fn planned(builder: &ImageBuilder, settings: &Settings) -> Result<Plan, BuildError> {
+    let plan = builder.plan()?;
+    builder.check(&plan, &LayerCache::open(settings.project.layer_cache())?)?;
+    Ok(plan)
 }
 
 fn interrupted(accepted: bool) -> CliError {
@@ -143,6 +150,7 @@ fn describe(plan: &Plan, text: &mut Text) {
 fn sink(progress: Progress, accepted: Arc<AtomicBool>) -> DeploySink {
     Arc::new(move |event| match event {
         DeployProgress::Stage(stage) => progress.now(stage_text(stage)),
+        DeployProgress::LeftOut(left_out) => progress.step(&left_out_text(&left_out)),
         DeployProgress::Build(BuildEvent::Scanned { files }) => progress.now(&format!("Packing {files} files")),
         DeployProgress::Build(BuildEvent::Layer { name, size, cached: false }) => {
             progress.step(&format!("built  {name} ({})", bytes(size)));
@@ -156,6 +164,15 @@ fn sink(progress: Progress, accepted: Arc<AtomicBool>) -> DeploySink {
         }
         DeployProgress::Step(event) => progress.step(&event.message),
     })
+}
+
+/// Few are named; `--dry-run` shows them all.
+fn left_out_text(left_out: &[LeftOut]) -> String {
+    const NAMED: usize = 3;
+    let named: Vec<_> = left_out.iter().take(NAMED).map(|left| left.path.display().to_string()).collect();
+    let more = if left_out.len() > NAMED { ", …" } else { "" };
+    let named = named.join(", ");
+    format!("left out {} of the project: {named}{more} (why: systemprompt cloud deploy --dry-run)", left_out.len())
 }
 
 const fn stage_text(stage: DeployStage) -> &'static str {

@@ -46,7 +46,7 @@ pub(crate) async fn run(command: Command, settings: &Settings, printer: &Printer
             };
             logs::logs(request, settings, printer).await
         }
-        Command::Infra(InfraCommand::Services(ServicesCommand::Serve(_))) => services::serve(settings).await,
+        Command::Infra(InfraCommand::Services(ServicesCommand::Serve(_))) => services::serve(settings, printer).await,
     }
 }
 

@@ -1,28 +1,31 @@
 use crate::{
     error::{CliError, with_causes},
+    output::{ArtifactType, Printer},
     settings::Settings,
 };
+use serde::Serialize;
 use std::path::Path;
-use systemprompt_runtime::{RuntimeConfig, RuntimeDefaults, log_to_stdout, serve as serve_tenant};
+use systemprompt_runtime::{RuntimeConfig, RuntimeDefaults, log_to_stderr, serve as serve_tenant};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Runs the tenant's server until SIGTERM or SIGINT; the environment beats the profile and the project.
-pub(crate) async fn serve(settings: &Settings) -> Result<(), CliError> {
-    log_to_stdout();
-    let config = RuntimeConfig::from_env_or(&defaults(settings)).map_err(|error| {
-        tracing::error!(problems = error.problems.join("; "), "the environment is not complete");
-        CliError::new("invalid_environment", error.to_string())
-    })?;
+#[derive(Serialize)]
+struct Ended {
+    status: &'static str,
+}
+
+/// Runs the tenant's server until SIGTERM or SIGINT; the environment beats the profile and the project. Its log goes to
+/// standard error, so that standard output has the one value that says how it ended.
+pub(crate) async fn serve(settings: &Settings, printer: &Printer) -> Result<(), CliError> {
+    log_to_stderr();
+    let config = RuntimeConfig::from_env_or(&defaults(settings))
+        .map_err(|error| CliError::new("invalid_environment", error.to_string()))?;
     let stop = CancellationToken::new();
     let signals = stop_on_signals(stop.clone());
     let served = serve_tenant(config, stop).await;
     drop(signals);
-    served.map_err(|error| {
-        let message = with_causes(&error);
-        tracing::error!(error = message, "the server did not start");
-        CliError::new("not_started", message)
-    })
+    served.map_err(|error| CliError::new("not_started", with_causes(&error)))?;
+    if printer.is_json() { printer.value(ArtifactType::Text, &Ended { status: "stopped" }, |_| {}) } else { Ok(()) }
 }
 
 fn defaults(settings: &Settings) -> RuntimeDefaults {

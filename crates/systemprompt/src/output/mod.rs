@@ -16,6 +16,7 @@ use std::{
     io::{IsTerminal as _, Write as _},
     process::ExitCode,
 };
+use systemprompt_contract::RequestId;
 
 /// What a program may do with the data; the words of the existing client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -58,6 +59,8 @@ struct ErrorFields<'a> {
     code: &'a str,
     message: &'a str,
     hint: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    request_id: Option<RequestId>,
     #[serde(skip_serializing_if = "<[String]>::is_empty")]
     logs: &'a [String],
 }
@@ -133,8 +136,8 @@ impl Printer {
 
     fn failure(&self, failure: &Failure) {
         if self.json {
-            let Failure { code, message, hint, details } = failure;
-            let error = ErrorFields { code, message, hint: hint.as_deref(), logs: details };
+            let &Failure { ref code, ref message, ref hint, request_id, ref details } = failure;
+            let error = ErrorFields { code, message, hint: hint.as_deref(), request_id, logs: details };
             // Nobody is left to tell when standard output is gone.
             let _ = self.json(&ErrorEnvelope { error });
             return;
@@ -146,6 +149,9 @@ impl Printer {
         let _ = writeln!(stderr, "{}: {}", "error".red().bold(), escaped(&failure.message));
         if let Some(hint) = &failure.hint {
             let _ = writeln!(stderr, "{}: {}", "hint".cyan().bold(), escaped(hint));
+        }
+        if let Some(id) = failure.request_id {
+            let _ = writeln!(stderr, "{}: {id}", "request".dimmed());
         }
     }
 

@@ -72,8 +72,10 @@ fn the_token_is_shown_to_its_own_cloud_only() {
 
 #[test]
 fn the_cloud_refuses_or_is_away() {
-    let refusal =
-        json!({"error": {"code": "operation_in_progress", "message": "another deploy runs", "hint": "wait for it"}});
+    let refusal = json!({"error": {
+        "code": "operation_in_progress", "message": "another deploy runs", "hint": "wait for it",
+        "request_id": "22222222-2222-4222-8222-222222222222",
+    }});
     let busy = Cloud::start();
     let cli = Cli::signed_in(&busy);
     let refusing = |status, body| {
@@ -89,6 +91,7 @@ fn the_cloud_refuses_or_is_away() {
     ----- stderr
     error: another deploy runs
     hint: wait for it
+    request: 22222222-2222-4222-8222-222222222222
     ");
     assert_snapshot!(refusing(401, json!({})).0.shown(), @r"
     exit 1

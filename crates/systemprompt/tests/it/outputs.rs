@@ -275,6 +275,17 @@ fn deploying() {
     assert!(plan.stdout.contains("  /app/web/dist/index.html (5 B)\n"), "{}", plan.stdout);
     cli.write("services/.env", "X=1");
     assert!(deploy(&["--dry-run"]).stdout.contains("left out: services/.env (environment file)\n"));
+    let told = "left out 1 of the project: services/.env (why: systemprompt cloud deploy --dry-run)\n";
+    assert!(deploy(&[]).stderr.contains(told));
+    // What a deploy would refuse, a dry run refuses too.
+    cli.write("services/config.yaml", &crate::cli::api_token());
+    assert_snapshot!(deploy(&["--dry-run"]).shown(), @r"
+    exit 1
+    ----- stdout
+    ----- stderr
+    error: secrets must not be in an image: services/config.yaml:1: SystemPrompt token; remove them, or allow a file by name
+    hint: Move secrets to the environment of the tenant, or allow one file: --allow-secret PATH
+    ");
 }
 
 #[test]

@@ -17,14 +17,12 @@ fn an_incomplete_environment_is_told_as_a_whole() {
         cli.command(&["infra", "services", "serve", "--foreground"]).env("PORT", "hunter2").output().expect("ran");
     assert_eq!(ended.status.code(), Some(1));
     let stderr = String::from_utf8(ended.stderr).expect("text");
-    let stdout = String::from_utf8(ended.stdout).expect("text");
     assert_eq!(
         stderr,
         "error: the environment is not complete: PORT must be a number from 0 to 65535; WEB_DIR is missing; \
          SYSTEMPROMPT_SERVICES_PATH is missing; DATABASE_URL is missing\n"
     );
-    let line: Value = serde_json::from_str(stdout.trim()).expect("one JSON line");
-    assert!(line["level"] == "ERROR" && !stdout.contains("hunter2"), "{stdout}");
+    assert_eq!(ended.stdout, b"");
 }
 
 #[tokio::test]
@@ -38,12 +36,12 @@ async fn it_serves_until_sigterm_and_logs_json_lines() {
     // The profile says another port; the environment beats it.
     cli.write(".systemprompt/profiles/local/profile.yaml", "name: local\nserver:\n  host: 127.0.0.1\n  port: 1\n");
     let mut child = cli
-        .command(&["infra", "services", "start"])
+        .command(&["--json", "infra", "services", "start"])
         .env("DATABASE_URL", &url)
         .env("PORT", "0")
         .spawn()
         .expect("started");
-    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
     let mut next = || -> Value { serde_json::from_str(&lines.next().expect("a line").expect("text")).expect("JSON") };
     let address = loop {
         let line = next();
@@ -60,5 +58,7 @@ async fn it_serves_until_sigterm_and_logs_json_lines() {
     kill_process(pid, Signal::TERM).expect("sent");
     let last = lines.map(|line| line.expect("text")).last().expect("lines");
     assert!(last.contains("\"stopped\"") && !last.contains("postgres://"), "{last}");
-    assert_eq!(child.wait().expect("ended").code(), Some(0));
+    let ended = child.wait_with_output().expect("ended");
+    assert_eq!(ended.status.code(), Some(0));
+    assert_eq!(ended.stdout, b"{\"data\":{\"status\":\"stopped\"},\"artifact_type\":\"text\"}\n");
 }
