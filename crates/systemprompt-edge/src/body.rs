@@ -55,6 +55,7 @@ impl BodyLimits {
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     sent: AtomicBool,
+    moved: AtomicBool,
     failure: AtomicU8,
 }
 
@@ -73,6 +74,11 @@ impl Progress {
     /// Whether the last byte was handed to the upstream's connection.
     pub(crate) fn is_sent(&self) -> bool {
         self.sent.load(Relaxed)
+    }
+
+    /// Whether bytes were handed on since this was asked last.
+    pub(crate) fn has_moved(&self) -> bool {
+        self.moved.swap(false, Relaxed)
     }
 
     pub(crate) fn failure(&self) -> Option<BodyFailure> {
@@ -162,6 +168,7 @@ impl Stream {
 
     fn count(&mut self, data: Bytes) -> Result<Frame<Bytes>, BodyFailure> {
         self.received += data.len() as u64;
+        self.progress.moved.store(true, Relaxed);
         if self.limits.bytes.is_some_and(|limit| self.received > limit) {
             return Err(self.progress.fail(BodyFailure::TooLarge));
         }

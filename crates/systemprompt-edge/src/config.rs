@@ -79,7 +79,7 @@ pub struct Limits {
     pub h2_idle_frames: u32,
     /// How long a connection to an upstream may take.
     pub connect_timeout: Duration,
-    /// How long an upstream may take to begin its answer.
+    /// How long an upstream may take to begin its answer, once the body of the request moves no more.
     pub response_timeout: Duration,
     /// Idle connections kept for one upstream, for each worker.
     pub idle_per_upstream: usize,

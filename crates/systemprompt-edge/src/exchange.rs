@@ -91,7 +91,7 @@ pub(crate) async fn forward(
             link.detach();
         }
         let copy = (progress.is_none() && is_idempotent(request.method())).then(|| copy_head(&request));
-        let mut error = match link.send(request).await {
+        let mut error = match link.send(request, progress.map(Arc::as_ref)).await {
             Ok(response) => return Ok((response, link)),
             Err(SendError::Late) => return Err(ForwardError::TimedOut),
             Err(SendError::Http(error)) => error,
@@ -106,7 +106,7 @@ pub(crate) async fn forward(
     if duplex {
         link.detach();
     }
-    match link.send(request).await {
+    match link.send(request, progress.map(Arc::as_ref)).await {
         Ok(response) => Ok((response, link)),
         Err(SendError::Late) => Err(ForwardError::TimedOut),
         Err(SendError::Http(error)) => Err(failed(error.into_error())),

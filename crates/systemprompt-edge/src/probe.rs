@@ -96,7 +96,7 @@ async fn ask(
     headers.insert(USER_AGENT, HeaderValue::from_static("systemprompt-probe"));
     headers.insert(CONNECTION, HeaderValue::from_static("close"));
     link.detach();
-    let response = link.send(request).await.map_err(|error| match error {
+    let response = link.send(request, None).await.map_err(|error| match error {
         SendError::Http(error) => protocol(error.into_error()),
         SendError::Late => late(),
     })?;

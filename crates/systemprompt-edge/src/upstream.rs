@@ -5,7 +5,10 @@
 //! uses a [`Link`] polls it, so that the socket wakes the client's task directly. Only exchanges that go
 //! on in both directions at once (a request body, a tunnel) get a task: see [`Link::detach`].
 
-use crate::{body::RequestBody, config::Upstream};
+use crate::{
+    body::{Progress, RequestBody},
+    config::Upstream,
+};
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use http::{Request, Response};
@@ -62,14 +65,25 @@ impl Link {
         }
     }
 
-    /// Sends a request and waits for the head of its answer.
-    pub(crate) async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
+    /// Sends a request and waits for the head of its answer. The patience with the upstream begins anew
+    /// while the body moves on, by `progress`: a long upload is no late answer.
+    pub(crate) async fn send(
+        &mut self,
+        request: Request<RequestBody>,
+        progress: Option<&Progress>,
+    ) -> Result<Response<Incoming>, SendError> {
         self.answered.store(false, Relaxed);
         self.driver.relay.begin_waiting();
         self.driver.begin();
         let mut answer = pin!(self.sender.try_send_request(request));
         let answer = poll_fn(|cx| match self.driver.poll_with(cx, |cx| answer.as_mut().poll(cx)) {
-            Poll::Pending if self.driver.relay.is_late() => Poll::Ready(Err(SendError::Late)),
+            Poll::Pending if self.driver.relay.is_late() => {
+                if progress.is_some_and(Progress::has_moved) {
+                    self.driver.relay.begin_waiting();
+                    return Poll::Pending;
+                }
+                Poll::Ready(Err(SendError::Late))
+            }
             answer => answer.map_err(|error| SendError::Http(Box::new(error))),
         })
         .await;

@@ -144,6 +144,24 @@ async fn an_app_that_does_not_begin_is_504() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_long_upload_is_no_late_answer() {
+    let a = Server::echo("a").await;
+    let edge =
+        TestEdge::start(&nobody(), [tenant(A, &a.upstream)], |config| config.limits.response_timeout = SHORT).await;
+    let mut stream = edge.tls(Some(A), &[]).await;
+    stream
+        .write_all(format!("POST / HTTP/1.1\r\nHost: {A}\r\nContent-Length: 16\r\n\r\n").as_bytes())
+        .await
+        .expect("write");
+    for _ in 0..16 {
+        stream.write_all(b"x").await.expect("write");
+        tokio::time::sleep(SHORT / 4).await;
+    }
+    assert_eq!(Answer::read(&mut stream).await.expect("answer").status, 200);
+    assert_eq!(a.take()[0].body.len(), 16);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_app_that_does_not_speak_http_is_502() {
     for answer in [&b""[..], b"hello\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx"] {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
