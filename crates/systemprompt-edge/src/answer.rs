@@ -1,14 +1,17 @@
 //! What the edge answers by itself: a page for browsers, JSON for everything else.
 
-use crate::{body::ResponseBody, gate::Refusal, headers::X_REQUEST_ID, routes::Why};
+use crate::{
+    body::ResponseBody,
+    gate::Refusal,
+    headers::{X_REQUEST_ID, X_SYSTEMPROMPT_ERROR},
+    routes::Why,
+};
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
+    HeaderMap, HeaderValue, Response, StatusCode,
     header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER},
 };
 use systemprompt_contract::{ApiError, ErrorBody, ErrorCode, RequestId};
-
-const X_SYSTEMPROMPT_ERROR: HeaderName = HeaderName::from_static("x-systemprompt-error");
 
 /// Why a request was not forwarded, or not answered by its upstream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

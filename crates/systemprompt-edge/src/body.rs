@@ -1,6 +1,6 @@
 //! Bodies on their way through the edge: never collected, only counted and watched.
 
-use crate::{config::Limits, exchange::Exchange};
+use crate::{config::Limits, exchange::Exchange, unread::Unread};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -189,6 +189,7 @@ impl Stream {
 /// The body of an answer: the edge's own, or an upstream's on its way to the client.
 pub(crate) struct ResponseBody {
     content: Content,
+    unread: Option<Arc<Unread>>,
 }
 
 enum Content {
@@ -198,14 +199,22 @@ enum Content {
 
 impl From<Bytes> for ResponseBody {
     fn from(bytes: Bytes) -> Self {
-        Self { content: Content::Own(Some(bytes).filter(|bytes| !bytes.is_empty())) }
+        Self { content: Content::Own(Some(bytes).filter(|bytes| !bytes.is_empty())), unread: None }
     }
 }
 
 impl ResponseBody {
     /// An upstream's body; the exchange is over with its last byte, or broken off when this is dropped.
     pub(crate) fn upstream(incoming: Incoming, exchange: Exchange) -> Self {
-        Self { content: Content::Upstream { incoming, exchange: Some(exchange) } }
+        Self { content: Content::Upstream { incoming, exchange: Some(exchange) }, unread: None }
+    }
+
+    /// From now on the client is expected to take what it asked for.
+    pub(crate) fn watch(&mut self, unread: Option<Arc<Unread>>) {
+        if let Some(unread) = &unread {
+            unread.handed_on();
+        }
+        self.unread = unread;
     }
 }
 
@@ -214,22 +223,14 @@ impl Body for ResponseBody {
     type Error = hyper::Error;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
-        match &mut self.get_mut().content {
-            Content::Own(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Content::Upstream { incoming, exchange } => loop {
-                let Some(open) = exchange else { return Poll::Ready(None) };
-                match ready!(open.link.poll_body(cx, incoming)) {
-                    None => {
-                        if let Some(exchange) = exchange.take() {
-                            exchange.complete();
-                        }
-                        return Poll::Ready(None);
-                    }
-                    Some(Ok(frame)) if frame.is_trailers() => {}
-                    frame => return Poll::Ready(frame),
-                }
-            },
+        let this = self.get_mut();
+        let Some(unread) = &this.unread else { return this.content.poll(cx) };
+        unread.asked();
+        let frame = this.content.poll(cx);
+        if frame.is_ready() {
+            unread.handed_on();
         }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
@@ -243,6 +244,27 @@ impl Body for ResponseBody {
         match &self.content {
             Content::Own(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Content::Upstream { incoming, .. } => incoming.size_hint(),
+        }
+    }
+}
+
+impl Content {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match self {
+            Self::Own(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Upstream { incoming, exchange } => loop {
+                let Some(open) = exchange else { return Poll::Ready(None) };
+                match ready!(open.link.poll_body(cx, incoming)) {
+                    None => {
+                        if let Some(exchange) = exchange.take() {
+                            exchange.complete();
+                        }
+                        return Poll::Ready(None);
+                    }
+                    Some(Ok(frame)) if frame.is_trailers() => {}
+                    frame => return Poll::Ready(frame),
+                }
+            },
         }
     }
 }

@@ -62,7 +62,8 @@ pub struct Limits {
     pub connections: usize,
     /// How long a client connection without a request in flight stays open.
     pub idle: Duration,
-    /// How long a client may leave written bytes unread before its connection is cut.
+    /// How long a client may take nothing of what it asked for before its connection is cut, or on HTTP/2
+    /// its stream reset.
     pub write_stall: Duration,
     /// Size of a request body, in bytes, beyond which the answer is 413. Uploads to the registry have none.
     pub body_bytes: u64,

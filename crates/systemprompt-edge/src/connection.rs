@@ -6,7 +6,7 @@
 
 use crate::{
     config::Limits,
-    gate::{Refusal, Upgrade},
+    gate::{Refusal, Refused, Upgrade},
 };
 use futures_util::task::AtomicWaker;
 use std::{
@@ -31,8 +31,8 @@ pub(crate) struct Connection {
     /// Final answers other than 101; tells the gate that an upgrade was refused.
     answered: AtomicU64,
     upgraded: AtomicBool,
-    /// What the gate refused, behind how many requests.
-    refusal: OnceLock<(u64, Refusal)>,
+    /// What the gate refused, after how many whole heads.
+    refusal: OnceLock<(u64, Refused, Refusal)>,
     gate_waits: AtomicBool,
     gate: AtomicWaker,
     inside_head: AtomicBool,
@@ -80,21 +80,16 @@ impl Connection {
         self.gate.wake();
     }
 
-    /// The gate refuses the message behind this many requests.
-    pub(crate) fn refuse(&self, requests: u64, refusal: Refusal) {
-        let _ = self.refusal.set((requests, refusal));
+    /// The gate refuses a part of a message after this many whole heads.
+    pub(crate) fn refuse(&self, heads: u64, part: Refused, refusal: Refusal) {
+        let _ = self.refusal.set((heads, part, refusal));
     }
 
-    /// Why the request that is to be answered now was refused, if it was.
-    pub(crate) fn refusal(&self) -> Option<Refusal> {
-        let (requests, refusal) = self.refusal.get()?;
-        (*requests == self.answered.load(Relaxed)).then_some(*refusal)
-    }
-
-    /// Why the body of the request that is being answered was refused, if it was.
-    pub(crate) fn body_refusal(&self) -> Option<Refusal> {
-        let (requests, refusal) = self.refusal.get()?;
-        (*requests == self.answered.load(Relaxed) + 1).then_some(*refusal)
+    /// Why that part of the request that is to be answered next was refused, if it was.
+    pub(crate) fn refusal(&self, part: Refused) -> Option<Refusal> {
+        let (heads, refused, refusal) = self.refusal.get()?;
+        let before = heads - u64::from(*refused == Refused::Body);
+        (*refused == part && before == self.answered.load(Relaxed)).then_some(*refusal)
     }
 
     /// Waits until the request with this number (from 1) was answered.
@@ -251,7 +246,8 @@ impl Connections {
             let connection = Arc::clone(&entry.connection);
             let begun = connection.begun.load(Relaxed);
             let at_rest = (connection.active.load(Relaxed) == 0).then_some(begun);
-            let in_head = connection.inside_head.load(Relaxed).then_some(begun);
+            // While an answer is on its way, nobody waits for the next head.
+            let in_head = at_rest.filter(|_| connection.inside_head.load(Relaxed));
             let stalled = connection.write_stalled.load(Relaxed).then(|| connection.written.load(Relaxed));
             if entry.head.longer(in_head, now, limits.head_timeout)
                 || entry.stall.longer(stalled, now, limits.write_stall)

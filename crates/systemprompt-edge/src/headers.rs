@@ -2,9 +2,10 @@
 
 use http::{
     HeaderMap, HeaderName, HeaderValue,
-    header::{CONNECTION, COOKIE, HOST},
+    header::{CONNECTION, CONTENT_LENGTH, COOKIE, HOST, TRANSFER_ENCODING},
 };
 
+pub(crate) const X_SYSTEMPROMPT_ERROR: HeaderName = HeaderName::from_static("x-systemprompt-error");
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -32,10 +33,18 @@ pub(crate) fn prepare_request(headers: &mut HeaderMap, truth: &Truth<'_>) {
 }
 
 /// Makes an upstream's fields fit for a client: hop-by-hop fields, those that `Connection` names, and
-/// instructions to proxies (`fly-*`) go.
+/// instructions to proxies (`fly-*`) go. So does a length beside chunks, which did not count (RFC 9112, 6.3).
 pub(crate) fn prepare_response(headers: &mut HeaderMap, request_id: &HeaderValue) {
+    if headers.contains_key(TRANSFER_ENCODING) {
+        headers.remove(CONTENT_LENGTH);
+    }
     strip(headers, |name| is_hop_by_hop(name) || starts_with(name, "fly-"));
     headers.insert(X_REQUEST_ID, request_id.clone());
+}
+
+/// Whether a framing field is spelt as some servers take for the real one; the gate looks for HTTP/1.1.
+pub(crate) fn has_underscored_framing(headers: &HeaderMap) -> bool {
+    ["content_length", "transfer_encoding"].iter().any(|name| headers.contains_key(*name))
 }
 
 /// Removes the fields that match, and before that those named by `Connection` (RFC 9110, 7.6.1). A name
@@ -215,6 +224,13 @@ mod tests {
     #[test]
     fn split_cookies_are_joined() {
         assert_eq!(prepared(map(&[("cookie", "a=1"), ("cookie", "b=2")])), ["cookie: a=1; b=2"]);
+    }
+
+    #[test]
+    fn a_length_beside_chunks_goes() {
+        let mut headers = map(&[("content-length", "3"), ("transfer-encoding", "chunked")]);
+        prepare_response(&mut headers, &value("id"));
+        assert_eq!(headers, map(&[("x-request-id", "id")]));
     }
 
     #[test]

@@ -30,6 +30,7 @@ mod stream;
 mod target;
 mod tls;
 mod tunnel;
+mod unread;
 mod upstream;
 mod worker;
 

@@ -7,17 +7,19 @@ use crate::{
     certs::Served,
     connection::Connection,
     exchange::{Activity, Exchange, ForwardError, forward},
-    headers::{Truth, detach, prepare_request, prepare_response},
+    gate::{Refusal, Refused},
+    headers::{Truth, X_SYSTEMPROMPT_ERROR, detach, has_underscored_framing, prepare_request, prepare_response},
     pool::Claim,
     routes::{Route, Why},
     target::{Named, Target, named, target},
     tls::Sni,
     tunnel::Tunnel,
+    unread::Unread,
     worker::Worker,
 };
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
-    header::{CONNECTION, CONTENT_LENGTH, UPGRADE},
+    header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE},
     uri::PathAndQuery,
 };
 use http_body::Body;
@@ -95,6 +97,7 @@ impl Client {
         }
         // hyper writes the version of the connection itself.
         *response.version_mut() = Version::HTTP_11;
+        response.body_mut().watch(Unread::current());
         Ok(response)
     }
 
@@ -103,7 +106,7 @@ impl Client {
         let id = self.worker.request_id();
         let mut record = Record::begin(id);
         let accept = Accept::header(request.headers());
-        if let Some(refusal) = self.connection.refusal() {
+        if let Some(refusal) = self.connection.refusal(Refused::Head) {
             return refuse(Problem::Refused(refusal), &accept, id, record);
         }
         let (host, target) = match self.target(&request) {
@@ -201,6 +204,9 @@ impl Client {
         if cap.is_some_and(|cap| announced(request.headers()).is_some_and(|length| length > cap)) {
             return refuse(Problem::BodyTooLarge, &accept, id, record);
         }
+        if is_h2 && has_underscored_framing(request.headers()) {
+            return refuse(Problem::Refused(Refusal::Underscore), &accept, id, record);
+        }
         let upgrade = Upgrade::wanted(&mut request);
         let request_id = request_id_value(id);
         let (mut head, incoming) = request.into_parts();
@@ -212,6 +218,10 @@ impl Client {
             (RequestBody::none(), None)
         } else {
             let (body, progress) = RequestBody::stream(incoming, BodyLimits::new(limits, cap));
+            if !head.headers.contains_key(CONTENT_LENGTH) {
+                // hyper would send no body with methods that seldom have one.
+                head.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+            }
             (body, Some(progress))
         };
         let mut request = Request::new(body);
@@ -222,7 +232,7 @@ impl Client {
             Ok(answered) => answered,
             Err(error) => {
                 tracing::debug!(upstream = %claim.upstream(), %error, request_id = %id, "no answer from upstream");
-                let refused = self.connection.body_refusal().map(Problem::Refused);
+                let refused = self.connection.refusal(Refused::Body).map(Problem::Refused);
                 return refuse(refused.unwrap_or_else(|| problem(&error, scope)), &accept, id, record);
             }
         };
@@ -243,6 +253,10 @@ impl Client {
             return self.switch(response, upgrade, claim, &request_id, record);
         }
         prepare_response(response.headers_mut(), &request_id);
+        if scope == Scope::Tenant {
+            // The edge's own voice.
+            response.headers_mut().remove(X_SYSTEMPROMPT_ERROR);
+        }
         if is_h2 {
             detach(response.headers_mut());
         }
@@ -291,15 +305,18 @@ struct Upgrade {
 }
 
 impl Upgrade {
-    /// The same rule as the framing gate's: HTTP/1.1 GET without a body, `Upgrade`, and `Connection`
-    /// that lists it.
+    /// The same rule as the framing gate's: HTTP/1.1 GET without a body, one `Upgrade` to a WebSocket, and
+    /// `Connection` that lists it. What else an app would agree to could carry requests past the edge.
     fn wanted(request: &mut Request<Incoming>) -> Option<Self> {
         let fits = request.version() == Version::HTTP_11
             && request.method() == Method::GET
-            && request.headers().contains_key(UPGRADE)
+            && request.headers().get_all(UPGRADE).iter().count() == 1
             && lists_upgrade(request.headers())
             && request.body().is_end_stream();
         let protocol = request.headers().get(UPGRADE).filter(|_| fits).cloned()?;
+        if !protocol.as_bytes().eq_ignore_ascii_case(b"websocket") {
+            return None;
+        }
         Some(Self { protocol, client: upgrade::on(request) })
     }
 

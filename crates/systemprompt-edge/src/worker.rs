@@ -9,13 +9,14 @@ use crate::{
     edge::{DrainReport, EdgeHandle},
     exchange::Activity,
     flood::Metered,
-    gate::{FIELD_SLOTS, Gate},
+    gate::{FIELD_SLOTS, Gate, Refused},
     pool::Pool,
     redirect::redirect,
     routes::RouteTable,
     service::Client,
     stream::Watched,
     tls::Sni,
+    unread::Streams,
     upstream::BUFFER_BYTES,
 };
 use arc_swap::ArcSwap;
@@ -25,7 +26,7 @@ use hyper::{
     server::conn::{http1, http2},
     service::service_fn,
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use std::{
     convert::Infallible,
     io,
@@ -260,8 +261,10 @@ async fn accept(worker: Arc<Worker>, purpose: Purpose, listener: TcpListener, st
         }
     };
     tokio::select! {
-        () = forever => {}
+        // First: a connection that is accepted after the stop would not hear of it.
+        biased;
         () = stop.cancelled() => {}
+        () = forever => {}
     }
 }
 
@@ -331,7 +334,7 @@ impl Opened {
 async fn serve_redirects(worker: &Arc<Worker>, connection: &Arc<Connection>, stream: Watched<TcpStream>) {
     let io = TokioIo::new(Gate::new(stream, Arc::clone(connection), worker.config.limits.head_bytes));
     let service = service_fn(|request: hyper::Request<Incoming>| {
-        let redirected = match connection.refusal() {
+        let redirected = match connection.refusal(Refused::Head) {
             Some(refusal) => Err(Problem::Refused(refusal)),
             None => redirect(request.uri(), request.headers(), &worker.certs.load(), worker.redirect_port),
         };
@@ -386,9 +389,9 @@ fn h1_builder(config: &EdgeConfig) -> http1::Builder {
     builder
 }
 
-fn h2_builder(config: &EdgeConfig) -> http2::Builder<TokioExecutor> {
+fn h2_builder(config: &EdgeConfig) -> http2::Builder<Streams> {
     let limits = &config.limits;
-    let mut builder = http2::Builder::new(TokioExecutor::new());
+    let mut builder = http2::Builder::new(Streams { limit: limits.write_stall });
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.h2_streams)

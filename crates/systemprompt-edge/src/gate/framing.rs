@@ -38,7 +38,7 @@ pub enum Step {
 
 /// Which part of a message was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Refused {
+pub enum Refused {
     /// The head: nothing of the message went on.
     Head,
     /// The body: its head went on, and maybe the beginning of the body.
@@ -161,9 +161,9 @@ impl Framing {
         self.heads
     }
 
-    /// Whether a head has begun and not ended.
+    /// Whether a head has begun and not ended. Empty lines before it are none of it.
     pub fn inside_head(&self) -> bool {
-        self.state == State::Head && !self.partial.is_empty()
+        self.state == State::Head && self.partial.len() > if self.scan.request_line { 0 } else { self.scan.line }
     }
 
     /// Whether the last message is complete and no other has begun.
@@ -181,7 +181,8 @@ impl Framing {
         self.refused().is_some()
     }
 
-    pub(crate) fn refused(&self) -> Option<Refused> {
+    /// Which part was refused, if one was.
+    pub fn refused(&self) -> Option<Refused> {
         match self.state {
             State::Refused(part) => Some(part),
             _ => None,
@@ -406,7 +407,14 @@ fn judge(head: &[u8]) -> Result<Next, Refusal> {
         (None, true) if minor == 1 => Ok(Next::Chunked),
         (_, true) => Err(Refusal::TransferEncoding),
         (Some(length), false) if length > 0 => Ok(Next::Length(length)),
-        _ if minor == 1 && method == "GET" && fields.upgrade && fields.connection_upgrade => Ok(Next::Upgrade),
+        _ if minor == 1
+            && method == "GET"
+            && fields.websockets == 1
+            && fields.upgrades == 1
+            && fields.connection_upgrade =>
+        {
+            Ok(Next::Upgrade)
+        }
         _ => Ok(Next::Nothing),
     }
 }
@@ -417,7 +425,8 @@ struct Fields<'a> {
     host: Option<&'a [u8]>,
     length: Option<u64>,
     chunked: bool,
-    upgrade: bool,
+    upgrades: usize,
+    websockets: usize,
     connection_upgrade: bool,
 }
 
@@ -431,7 +440,10 @@ impl<'a> Fields<'a> {
                     let before = fields.host.replace(header.value);
                     before.map_or(Ok(()), |_| Err(Refusal::Host))?;
                 }
-                7 if name.eq_ignore_ascii_case(b"upgrade") => fields.upgrade = true,
+                7 if name.eq_ignore_ascii_case(b"upgrade") => {
+                    fields.upgrades += 1;
+                    fields.websockets += usize::from(header.value.eq_ignore_ascii_case(b"websocket"));
+                }
                 10 if name.eq_ignore_ascii_case(b"connection") => {
                     fields.connection_upgrade |= lists_upgrade(header.value);
                 }

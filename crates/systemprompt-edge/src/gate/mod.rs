@@ -3,14 +3,12 @@
 //!
 //! hyper sees whole heads only. In the place of a refused one it gets a request of ours, so that the
 //! refusal is answered in its turn, like any other problem, and the connection closes. A body that turns
-//! out malformed goes on as a NUL byte, which hyper takes for a broken body too: the request ends as
-//! aborted upstream.
+//! out malformed ends in an error: the request is aborted upstream, and answered the same way.
 
 mod framing;
 
 pub(crate) use framing::FIELD_SLOTS;
-use framing::Refused;
-pub use framing::{Framing, Refusal, Step};
+pub use framing::{Framing, Refusal, Refused, Step};
 
 use crate::connection::Connection;
 use std::{
@@ -27,8 +25,6 @@ use tokio::{
 
 /// Stands in for a refused head; the service knows it by [`Connection::refusal`].
 const SUBSTITUTE: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
-/// Stands in for the rest of a refused body.
-const POISON: &[u8] = b"\0\r\n\r\n";
 
 /// How long, and how many bytes, are read and thrown away after the answer to a refused message, so
 /// that the client reads the answer and not a reset connection.
@@ -97,15 +93,16 @@ impl<S> Gate<S> {
             }
             Step::Refuse(index, refusal) => {
                 tracing::debug!(reason = refusal.message(), "request refused");
-                self.connection.refuse(self.framing.heads(), refusal);
+                if let Some(part) = self.framing.refused() {
+                    self.connection.refuse(self.framing.heads(), part, refusal);
+                }
                 before + index
             }
         };
         let mut behind = self.framing.take_released();
         let stand_in = match self.framing.refused() {
-            None => &[][..],
             Some(Refused::Head) => SUBSTITUTE,
-            Some(Refused::Body) => POISON,
+            Some(Refused::Body) | None => &[][..],
         };
         if behind.is_empty() && stand_in.is_empty() {
             // The usual case: what was read is left where it is.
@@ -164,9 +161,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Gate<S> {
                 this.passed.pour(buf);
                 return Poll::Ready(Ok(()));
             }
-            if this.framing.is_refused() {
+            match this.framing.refused() {
                 // Not the end: hyper would drop what it has not answered yet. It closes after the answer.
-                return Poll::Pending;
+                Some(Refused::Head) => return Poll::Pending,
+                Some(Refused::Body) => return Poll::Ready(Err(io::ErrorKind::InvalidData.into())),
+                None => {}
             }
             if this.framing.is_waiting() {
                 ready!(this.poll_answer(cx));
@@ -240,9 +239,11 @@ mod tests {
         let mut buf = vec![0; room];
         loop {
             let read = tokio::time::timeout(Duration::from_secs(10), gate.read(&mut buf)).await.expect("bytes");
-            let length = read.expect("no error");
-            seen.extend_from_slice(&buf[..length]);
-            if length == 0 || seen.ends_with(SUBSTITUTE) || seen.ends_with(POISON) {
+            match read {
+                Ok(length) => seen.extend_from_slice(&buf[..length]),
+                Err(error) => return [&seen[..], error.to_string().as_bytes()].concat(),
+            }
+            if matches!(read, Ok(0)) || seen.ends_with(SUBSTITUTE) {
                 return seen;
             }
         }
@@ -267,6 +268,7 @@ mod tests {
         let unfinished = format!("{get}GET /b HT");
         assert_eq!(through(unfinished.as_bytes(), 3, 64).await, get.as_bytes());
         let broken = through(post.replace("3\r\n", "3\n").as_bytes(), 1000, 4096).await;
-        assert!(broken.starts_with(&post.as_bytes()[..40]) && broken.ends_with(POISON));
+        let head = post.find("3\r\n").expect("a chunk");
+        assert_eq!(broken, [&post.as_bytes()[..head], b"invalid data"].concat());
     }
 }

@@ -90,6 +90,12 @@ fn corpus() -> Vec<(String, Expect)> {
         (post("Transfer-Encoding: \u{e9}chunked\r\n", "0\r\n\r\n"), refused()),
         (post("TRANSFER-ENCODING: CHUNKED\r\n", "2\r\nhi\r\n0\r\n\r\n"), once("/x", "hi")),
         (format!("POST /x HTTP/1.0\r\nHost: {A}\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"), refused()),
+        (
+            get("Transfer-Encoding: chunked\r\n") + "2\r\nhi\r\n0\r\n\r\n" + &get(""),
+            Expect::Forwarded(vec![("/x", "hi"), ("/x", "")]),
+        ),
+        (get("Connection: Upgrade\r\nUpgrade: websocket\r\nUpgrade: h2c\r\n"), once("/x", "")),
+        (get("Connection: Upgrade\r\nUpgrade: websocket, h2c\r\n"), once("/x", "")),
         // Fields that only look like framing.
         (post("Content_Length: 5\r\n", "hello"), refused()),
         (post("Transfer_Encoding: chunked\r\n", "0\r\n\r\n"), refused()),
@@ -216,6 +222,32 @@ async fn corpus_in_two_writes() {
     .await;
 }
 
+/// A malformed body may be cut where hyper reads on by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn broken_bodies_cut_anywhere() {
+    let a = Server::echo("a").await;
+    let edge = TestEdge::start(&nobody(), [tenant(A, &a.upstream)], |_| {}).await;
+    for (text, expect) in
+        corpus().into_iter().filter(|(text, expect)| matches!(expect, Expect::Broken) && text.len() < 200)
+    {
+        let bytes = bytes_of(&text);
+        for cut in text.find("\r\n\r\n").expect("a head")..bytes.len() {
+            check(&edge, &a, vec![bytes[..cut].to_vec(), bytes[cut..].to_vec()], &text, expect.clone()).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_head_takes_nothing_from_the_request_before_it() {
+    let edge = TestEdge::start(&nobody(), [tenant(A, &nobody())], |_| {}).await;
+    let mut stream = edge.tls(Some(A), &[]).await;
+    let get = format!("GET / HTTP/1.1\r\nHost: {A}\r\n");
+    stream.write_all(format!("{get}\r\n{get}Host: {A}\r\n\r\n").as_bytes()).await.expect("write");
+    let answers = Answer::read_all(&mut stream).await;
+    let seen: Vec<_> = answers.iter().map(|answer| (answer.status, answer.header("x-systemprompt-error"))).collect();
+    assert_eq!(seen, [(502, "app_unreachable"), (400, "bad_request")]);
+}
+
 async fn run(split: impl Fn(Vec<u8>) -> Vec<Vec<u8>>) {
     let corpus = corpus();
     assert!(corpus.len() >= 60);
@@ -277,6 +309,7 @@ async fn check(edge: &TestEdge, upstream: &Server, pieces: Vec<Vec<u8>>, text: &
             for seen in &all {
                 assert_eq!(seen.field("host"), Some(A), "{shown:?}");
                 assert_eq!(seen.field("x-forwarded-for"), Some("127.0.0.1"), "{shown:?}");
+                assert!(seen.field("upgrade").is_none_or(|protocol| protocol == "websocket"), "{shown:?}");
                 let framed = [seen.field("content-length"), seen.field("transfer-encoding")];
                 assert!(framed.iter().flatten().count() <= 1, "framed twice: {seen:?}");
             }
@@ -304,6 +337,8 @@ async fn a_malformed_http2_request_is_refused() {
         (vec![("x\r\ny", "a")], None),
         (vec![("X-Upper", "a")], None),
         (vec![("content-length", "5")], None),
+        (vec![("content_length", "5")], Some(400)),
+        (vec![("transfer_encoding", "chunked")], Some(400)),
         (vec![(":path", "/y")], None),
         (vec![("host", B)], Some(400)),
         (vec![("host", A)], Some(200)),

@@ -252,6 +252,20 @@ impl Answer {
         Some(Self { status, headers, body: body.into() })
     }
 
+    /// Reads all answers up to the end of the connection; they have lengths.
+    pub(crate) async fn read_all(stream: &mut (impl AsyncRead + Unpin)) -> Vec<Self> {
+        let mut bytes = Vec::new();
+        timeout(DEADLINE, async { while read_more(stream, &mut bytes).await {} }).await.expect("the end in time");
+        let mut answers = Vec::new();
+        while let Some((status, headers, start)) = parse_head(&bytes) {
+            let length = headers["content-length"].to_str().expect("text").parse::<usize>().expect("length");
+            let body = Bytes::copy_from_slice(&bytes[start..start + length]);
+            bytes.drain(..start + length);
+            answers.push(Self { status, headers, body });
+        }
+        answers
+    }
+
     /// Reads exactly the head of an answer, byte by byte, so that nothing behind it is lost.
     pub(crate) async fn read_head(stream: &mut (impl AsyncRead + Unpin)) -> u16 {
         let mut bytes = Vec::new();

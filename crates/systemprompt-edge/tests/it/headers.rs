@@ -89,6 +89,7 @@ async fn answers_lose_instructions_to_proxies() {
             ("keep-alive", "timeout=5"),
             ("proxy-authenticate", "Basic"),
             ("x-request-id", "forged"),
+            ("x-systemprompt-error", "suspended"),
             ("x-trace-id", "kept"),
             ("set-cookie", "a=1"),
         ] {

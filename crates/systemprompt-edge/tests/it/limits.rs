@@ -201,6 +201,67 @@ async fn a_slow_stream_of_the_app_is_not_idle() {
     assert_eq!(body.collect().await.expect("body").to_bytes(), "slow");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_behind_a_request_does_not_hurry_its_answer() {
+    let server = Server::tcp(|_: Request<Incoming>| async {
+        tokio::time::sleep(SHORT * 3).await;
+        Response::new(full("slow"))
+    })
+    .await;
+    let edge =
+        TestEdge::start(&nobody(), [tenant(A, &server.upstream)], |config| config.limits.head_timeout = SHORT).await;
+    for behind in ["\r\n", "GET / HT"] {
+        let mut stream = edge.tls(Some(A), &[]).await;
+        let post = format!("POST / HTTP/1.1\r\nHost: {A}\r\nContent-Length: 2\r\n\r\nhi{behind}");
+        stream.write_all(post.as_bytes()).await.expect("write");
+        assert_eq!(Answer::read(&mut stream).await.expect("answer").text(), "slow", "{behind:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_http2_stream_that_takes_nothing_is_reset() {
+    let server = Server::tcp(|request: Request<Incoming>| async move {
+        Response::new(full(if request.method() == http::Method::GET { vec![b'x'; 1024 * 1024] } else { Vec::new() }))
+    })
+    .await;
+    let edge =
+        TestEdge::start(&nobody(), [tenant(A, &server.upstream)], |config| config.limits.write_stall = SHORT).await;
+    let mut stream = edge.tls(Some(A), &["h2"]).await;
+    // SETTINGS_INITIAL_WINDOW_SIZE (4) of nothing.
+    let no_window = h2_frame(4, 0, 0, &[0, 4, 0, 0, 0, 0]);
+    stream.write_all(&[H2_PREFACE, &no_window, &h2_frame(1, 5, 1, &h2_get(&[]))].concat()).await.expect("write");
+    let (handle, upstream) = (edge.handle.clone(), server.upstream.clone());
+    eventually("the claim", || handle.in_flight(&upstream) == 1).await;
+    let reset = async {
+        loop {
+            let mut head = [0; 9];
+            stream.read_exact(&mut head).await.expect("frames");
+            let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+            stream.read_exact(&mut vec![0; length]).await.expect("payload");
+            if (head[3], head[8]) == (3, 1) {
+                return;
+            }
+        }
+    };
+    timeout(DEADLINE, reset).await.expect("reset in time");
+    eventually("the claim ends", || handle.in_flight(&upstream) == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_http2_stream_that_takes_little_is_left_alone() {
+    let server = Server::tcp(|_: Request<Incoming>| async { Response::new(full(vec![b'x'; 600 * 1024])) }).await;
+    let edge =
+        TestEdge::start(&nobody(), [tenant(A, &server.upstream)], |config| config.limits.write_stall = SHORT).await;
+    let ask = request(http::Method::GET, &format!("https://{A}/"), &[]);
+    let mut body = edge.h2(Some(A)).await.send_request(ask).await.expect("answer").into_body();
+    let mut length = 0;
+    while let Some(frame) = body.frame().await {
+        length += frame.expect("a frame").into_data().map_or(0, |data| data.len());
+        tokio::time::sleep(SHORT / 10).await;
+    }
+    assert_eq!(length, 600 * 1024);
+}
+
 /// Its name, what comes before it, and its n-th repetition.
 type Flood = (&'static str, Vec<u8>, Box<dyn Fn(u32) -> Vec<u8> + Send>);
 
