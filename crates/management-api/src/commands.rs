@@ -2,20 +2,20 @@
 
 use crate::{
     app::Site,
-    config::{AccountArguments, Arguments, Command, DataArguments, EdgeArguments},
+    config::{AccountArguments, Arguments, Command, DataArguments, EdgeArguments, Layout},
     edge_role::{EdgePlan, Snapshot},
     http,
     identity::{self, NewAccount, Role},
     installation::{
-        Clusters, lock_data, open_control_database, open_data, open_driver, open_registry, platform_socket,
-        remove_socket_directory, start_cluster,
+        Clusters, existing_data, lock_data, open_control_database, open_data, open_driver, open_registry,
+        platform_socket, remove_cluster_socket, remove_socket_directory, start_cluster,
     },
     seal::Sealer,
     serve,
 };
 use anyhow::Context as _;
 use std::{io::IsTerminal as _, path::Path, process::ExitCode, sync::Arc, time::Duration};
-use systemprompt_postgres::Access;
+use systemprompt_postgres::{Access, StopMode};
 use tokio_util::sync::CancellationToken;
 
 /// Runs one command to its end.
@@ -87,19 +87,30 @@ async fn edge_alone(arguments: EdgeArguments) -> anyhow::Result<()> {
     following.await.context("the edge's follower")
 }
 
-/// Stops instances and clusters of a control plane that is not running.
+/// Stops instances and clusters of a control plane that is not running. Starts and makes nothing; what cannot be stopped
+/// does not keep the rest from being.
 async fn stop_leftovers(arguments: &DataArguments) -> anyhow::Result<()> {
-    let layout = open_data(&arguments.data)?;
+    let layout = existing_data(&arguments.data)?;
     let _lock = lock_data(&layout)?;
-    // Starting adopts what runs; a cluster that does not run is stopped again at once.
-    let clusters = Clusters::start(&layout).await?;
-    let seal = Sealer::load_or_create(&layout.seal_key())?;
-    let registry = open_registry(&layout, &seal)?;
-    let driver = open_driver(&layout, &registry, clusters.tenants.socket_dir(), true)?;
-    driver.shutdown(Duration::from_secs(10)).await?;
-    clusters.stop().await?;
+    let clusters = Clusters::existing(&layout).await?;
+    let instances = stop_instances(&layout).await;
+    let mut stopped = Vec::new();
+    for cluster in &clusters {
+        stopped.push(cluster.stop(StopMode::Fast).await.context("stopping a database cluster"));
+    }
+    instances?;
+    stopped.into_iter().collect::<anyhow::Result<()>>()?;
+    clusters.iter().for_each(remove_cluster_socket);
     remove_socket_directory(&platform_socket(&layout));
     Ok(())
+}
+
+async fn stop_instances(layout: &Layout) -> anyhow::Result<()> {
+    let seal = Sealer::load(&layout.seal_key())?;
+    let registry = open_registry(layout, &seal)?;
+    // Nothing is launched, so nothing is bound into a sandbox.
+    let driver = open_driver(layout, &registry, layout.root(), true)?;
+    Ok(driver.shutdown(Duration::from_secs(10)).await?)
 }
 
 /// Beside a running `serve` as well as without one.

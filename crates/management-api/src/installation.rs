@@ -8,12 +8,15 @@ use crate::{
 };
 use anyhow::Context as _;
 use std::{
-    fs::File,
+    fs::{File, Permissions},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 use systemprompt_compute::process::{Bind, ProcessConfig, ProcessDriver};
-use systemprompt_postgres::{Access, Cluster, ClusterConfig, Durability, StopMode};
+use systemprompt_postgres::{
+    Access, Cluster, ClusterConfig, Durability, StopMode, prepare_runtime_directory, runtime_directory,
+};
 use systemprompt_registry::{Registry, RegistryConfig, TokenKey};
 use systemprompt_workflow::Db;
 use tokio::net::UnixListener;
@@ -25,8 +28,30 @@ const TENANT_QUOTA_BYTES: u64 = 10 * 1024 * 1024 * 1024;
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
 
+/// Makes the data directory where it is missing; users of servers and instances must be able to pass it, whatever our
+/// umask.
 pub(crate) fn open_data(data: &Path) -> anyhow::Result<Layout> {
-    std::fs::create_dir_all(data).with_context(|| format!("making the data directory {}", data.display()))?;
+    let missing: Vec<_> = data.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists()).collect();
+    for directory in missing.into_iter().rev() {
+        std::fs::create_dir(directory)
+            .and_then(|()| std::fs::set_permissions(directory, Permissions::from_mode(0o711)))
+            .with_context(|| format!("making the data directory {}", directory.display()))?;
+    }
+    find_data(data)
+}
+
+/// The data directory of an installation that is there already.
+pub(crate) fn existing_data(data: &Path) -> anyhow::Result<Layout> {
+    let layout = find_data(data)?;
+    anyhow::ensure!(
+        layout.seal_key().is_file(),
+        "there is no installation in {}; name its directory with --data",
+        data.display()
+    );
+    Ok(layout)
+}
+
+fn find_data(data: &Path) -> anyhow::Result<Layout> {
     let data = data.canonicalize().with_context(|| format!("finding the data directory {}", data.display()))?;
     Ok(Layout::new(&data))
 }
@@ -60,15 +85,28 @@ impl Clusters {
         Ok(Self { control, tenants: Arc::new(tenants) })
     }
 
+    /// Those that were made, running or not; starts nothing.
+    pub(crate) async fn existing(layout: &Layout) -> anyhow::Result<Vec<Cluster>> {
+        let mut found = Vec::new();
+        for name in ["control", "tenants"] {
+            found.extend(Cluster::existing(name, &layout.cluster(name)).await?);
+        }
+        Ok(found)
+    }
+
     pub(crate) async fn stop(&self) -> anyhow::Result<()> {
         tokio::try_join!(self.control.stop(StopMode::Fast), self.tenants.stop(StopMode::Fast))?;
         for cluster in [&self.control, &*self.tenants] {
-            // Not while an instance lives, whose sandbox has this very directory bound into it: all are stopped.
-            let gone = std::fs::remove_dir(cluster.socket_dir());
-            tracing::debug!(?gone, "removed a cluster's socket directory");
+            remove_cluster_socket(cluster);
         }
         Ok(())
     }
+}
+
+/// Not while an instance lives, whose sandbox has this very directory bound into it: all are stopped.
+pub(crate) fn remove_cluster_socket(cluster: &Cluster) {
+    let gone = std::fs::remove_dir(cluster.socket_dir());
+    tracing::debug!(?gone, "removed a cluster's socket directory");
 }
 
 pub(crate) async fn start_cluster(layout: &Layout, name: &str, access: Access) -> anyhow::Result<Cluster> {
@@ -94,7 +132,7 @@ pub(crate) fn open_registry(layout: &Layout, seal: &Sealer) -> anyhow::Result<Re
     };
     // Images hold tenants' code; whoever else works on this machine has no business there.
     std::fs::create_dir_all(&config.root).with_context(|| format!("making {}", config.root.display()))?;
-    std::fs::set_permissions(&config.root, std::os::unix::fs::PermissionsExt::from_mode(0o700))
+    std::fs::set_permissions(&config.root, Permissions::from_mode(0o700))
         .with_context(|| format!("closing {} to others", config.root.display()))?;
     Registry::open(config, registry_key(seal)).context("opening the registry")
 }
@@ -135,21 +173,14 @@ pub(crate) fn platform_socket(layout: &Layout) -> PathBuf {
     use sha2::Digest as _;
     use std::os::unix::ffi::OsStrExt as _;
     let digest = hex::encode(sha2::Sha256::digest(layout.root().as_os_str().as_bytes()));
-    let base = if rustix::process::geteuid().is_root() {
-        PathBuf::from("/run/systemprompt")
-    } else {
-        std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from).join("systemprompt")
-    };
-    base.join(format!("{}-platform/platform.sock", &digest[..8]))
+    runtime_directory().join(format!("{}-platform/platform.sock", &digest[..8]))
 }
 
 /// Listens on the platform's socket, in a directory that only we may search.
 pub(crate) fn bind_socket(path: &Path) -> anyhow::Result<UnixListener> {
     use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
     let directory = path.parent().context("the socket lies in a directory")?;
-    if let Some(base) = directory.parent() {
-        std::fs::create_dir_all(base).with_context(|| format!("making {}", base.display()))?;
-    }
+    prepare_runtime_directory()?;
     match std::fs::DirBuilder::new().mode(0o700).create(directory) {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
             return Err(error).with_context(|| format!("making {}", directory.display()));

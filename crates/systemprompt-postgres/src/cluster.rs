@@ -76,8 +76,23 @@ impl Cluster {
     pub async fn start_with(config: ClusterConfig, search: BinarySearch) -> Result<Self, PostgresError> {
         blocking(move || {
             let owner = Owner::find()?;
-            let layout = Layout::of(&config.name, &config.data, &owner)?;
+            let layout = Layout::of(&config.name, &config.data)?;
             bring_up(&Order { layout, owner, config }, &search)
+        })
+        .await
+    }
+
+    /// The cluster that is at `data` already, running or not; starts and makes nothing.
+    ///
+    /// # Errors
+    /// What is there is not ours.
+    pub async fn existing(name: &str, data: &Path) -> Result<Option<Self>, PostgresError> {
+        let (name, data) = (name.to_owned(), data.to_owned());
+        blocking(move || {
+            let DataDirectory::Cluster { version } = DataDirectory::inspect(&data, &Owner::find()?)? else {
+                return Ok(None);
+            };
+            Ok(Some(Self { layout: Layout::of(&name, &data)?, version }))
         })
         .await
     }
@@ -143,9 +158,11 @@ pub(crate) fn bring_up(order: &Order, search: &BinarySearch) -> Result<Cluster, 
     if let DataDirectory::Cluster { version } = known
         && let Some(running) = find_running(layout)?
     {
-        match adopt(layout, &running)? {
-            Started::Ready => return Ok(Cluster { layout: layout.clone(), version }),
-            Started::Ended => tracing::info!(data = %layout.data.display(), "it was about to end; starting it anew"),
+        // Where its environment said when it was started; ours may say something else by now.
+        let layout = layout.at_socket(running.socket_dir.as_deref().unwrap_or(&layout.socket_dir));
+        match adopt(&layout, &running)? {
+            Started::Ready => return Ok(Cluster { layout, version }),
+            Started::Ended => tracing::info!(data = %layout.data.display(), "it has ended; starting it anew"),
         }
     }
     let wanted = match known {
@@ -156,8 +173,7 @@ pub(crate) fn bring_up(order: &Order, search: &BinarySearch) -> Result<Cluster, 
     if known == DataDirectory::Absent {
         data_directory::make(layout, owner, &binaries, &lock)?;
     }
-    data_directory::write_private(&layout.data.join("pg_hba.conf"), &order.config.access.hba(), owner)?;
-    data_directory::write_private(&layout.data.join("pg_ident.conf"), &settings::ident(owner.invoker()), owner)?;
+    layout.write_access(order.config.access, owner)?;
     layout.prepare_socket_dir(owner, order.config.access)?;
     start_server(order, &binaries)?;
     Ok(Cluster { layout: layout.clone(), version: binaries.version })
@@ -210,7 +226,10 @@ fn find_running(layout: &Layout) -> Result<Option<Postmaster>, PostgresError> {
             Ok(None)
         }
         Found::Running(server) => match &server.socket_dir {
-            Some(socket) if *socket != layout.socket_dir => {
+            // One of ours, from another environment, takes us for what we are.
+            Some(socket)
+                if *socket != layout.socket_dir && probe(&layout.at_socket(socket)).is_err() && socket.exists() =>
+            {
                 Err(PostgresError::RunsElsewhere { data: layout.data.clone(), pid: server.pid, socket: socket.clone() })
             }
             _ => Ok(Some(server)),
@@ -237,6 +256,12 @@ fn adopt(layout: &Layout, server: &Postmaster) -> Result<Started, PostgresError>
     tracing::info!(data = %layout.data.display(), pid = server.pid, "adopting a running server");
     let deadline = Instant::now() + START_LIMIT;
     loop {
+        if server.socket_dir.is_some() && !layout.socket().exists() {
+            // Its directory was emptied, as at the end of a session: nobody can ever connect again.
+            tracing::warn!(data = %layout.data.display(), pid = server.pid, "stopping a server whose socket is gone");
+            stop(layout, StopMode::Fast)?;
+            return Ok(Started::Ended);
+        }
         let reason = match probe(layout) {
             Ok(()) => return Ok(Started::Ready),
             Err(error) => error.to_string(),
@@ -318,7 +343,7 @@ fn spawn_server(order: &Order, binaries: &Binaries, log: &File) -> Result<Spawne
         .arg(binaries.postgres())
         .arg("-D")
         .arg(&layout.data)
-        .args(settings::arguments(&layout.socket_dir, config.access, config.durability, &config.settings))
+        .args(settings::arguments(layout, config.access, config.durability, &config.settings))
         .stdin(Stdio::null())
         .stdout(share()?)
         .stderr(share()?);

@@ -121,21 +121,17 @@ pub(crate) fn run_initdb(
     Err(InitError::Failed(last_lines(&String::from_utf8_lossy(&said), LINES_OF_OUTPUT)))
 }
 
-/// Says that the cluster is ours.
+/// Says that the cluster is ours. The directory is its server's, who may have put a link there by now: only a new file
+/// is written, and handed over by its descriptor.
 pub(crate) fn mark(directory: &Path, owner: &Owner) -> Result<(), PostgresError> {
-    write_private(&directory.join(MARKER), "Made by SystemPrompt Cloud; do not remove.\n", owner)
-}
-
-/// Writes a file that only the server's user may read.
-pub(crate) fn write_private(path: &Path, text: &str, owner: &Owner) -> Result<(), PostgresError> {
     use std::{io::Write, os::unix::fs::OpenOptionsExt};
+    let path = directory.join(MARKER);
     let write = || {
-        let mut options = File::options();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        file.write_all(text.as_bytes())?;
-        owner.give(path)
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&path)?;
+        file.write_all(b"Made by SystemPrompt Cloud; do not remove.\n")?;
+        owner.give_file(&file)
     };
-    write().map_err(PostgresError::io("writing", path))
+    write().map_err(PostgresError::io("writing", &path))
 }
 
 pub(crate) fn last_lines(text: &str, count: usize) -> String {

@@ -1,6 +1,6 @@
 //! Where a cluster's files lie.
 
-use crate::{Access, PostgresError, owner::Owner};
+use crate::{Access, PostgresError, owner::Owner, settings};
 use std::{
     ffi::OsString,
     fs::{self, DirBuilder, Permissions},
@@ -20,10 +20,24 @@ pub(crate) struct Layout {
 
 impl Layout {
     /// Makes the directories above `data` where they are missing, and finds the place of the socket.
-    pub(crate) fn of(name: &str, data: &Path, owner: &Owner) -> Result<Self, PostgresError> {
+    pub(crate) fn of(name: &str, data: &Path) -> Result<Self, PostgresError> {
         let data = canonical(data)?;
-        let socket_dir = runtime_directory(owner).join(format!("{}-{name}", short_hash(&data)));
+        let socket_dir = runtime_directory().join(format!("{}-{name}", short_hash(&data)));
         Ok(Self { data, socket_dir })
+    }
+
+    /// The same files, with the socket where a running server has it.
+    pub(crate) fn at_socket(&self, socket_dir: &Path) -> Self {
+        Self { data: self.data.clone(), socket_dir: socket_dir.to_owned() }
+    }
+
+    /// Writes who may connect, for the next start.
+    pub(crate) fn write_access(&self, access: Access, owner: &Owner) -> Result<(), PostgresError> {
+        for (path, text) in [(self.hba(), access.hba()), (self.ident(), settings::ident(owner.invoker()))] {
+            let write = fs::write(&path, text).and_then(|()| fs::set_permissions(&path, Permissions::from_mode(0o644)));
+            write.map_err(PostgresError::io("writing", &path))?;
+        }
+        Ok(())
     }
 
     /// Held while somebody looks at, makes or starts the cluster.
@@ -39,6 +53,16 @@ impl Layout {
     /// The log before it grew too large.
     pub(crate) fn old_log(&self) -> PathBuf {
         self.beside(".log.1")
+    }
+
+    /// Who may connect. Not in the data directory, which is the server's: root would write through its links.
+    pub(crate) fn hba(&self) -> PathBuf {
+        self.beside(".hba.conf")
+    }
+
+    /// Who is whom; beside [`Self::hba`].
+    pub(crate) fn ident(&self) -> PathBuf {
+        self.beside(".ident.conf")
     }
 
     /// A cluster in the making.
@@ -65,11 +89,13 @@ impl Layout {
         let directory = &self.socket_dir;
         if let Some(parent) = directory.parent() {
             create_directories(parent)?;
-            check_owned(parent, owner)?;
+            check_owned(parent)?;
         }
         // It stays when the server stops: sandboxes have it mounted and must find the next server in it.
         match DirBuilder::new().mode(0o700).create(directory) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => check_owned(directory, owner)?,
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                check_owned_by(directory, &[owner.uid, rustix::process::geteuid().as_raw()])?;
+            }
             made => made.map_err(PostgresError::io("making", directory))?,
         }
         owner.give(directory).map_err(PostgresError::io("handing over", directory))?;
@@ -78,26 +104,46 @@ impl Layout {
     }
 }
 
-/// A directory that somebody else could have put there must not hold our socket.
-fn check_owned(directory: &Path, owner: &Owner) -> Result<(), PostgresError> {
+/// A directory that somebody else could have put there must not hold our sockets.
+fn check_owned(directory: &Path) -> Result<(), PostgresError> {
+    check_owned_by(directory, &[rustix::process::geteuid().as_raw()])
+}
+
+fn check_owned_by(directory: &Path, uids: &[u32]) -> Result<(), PostgresError> {
     let metadata = fs::symlink_metadata(directory).map_err(PostgresError::io("looking at", directory))?;
-    let ours = [owner.uid, rustix::process::geteuid().as_raw()];
-    if metadata.is_dir() && ours.contains(&metadata.uid()) {
+    // Others could rename what is in a directory that they may write to.
+    let is_private = metadata.permissions().mode() & 0o022 == 0;
+    if metadata.is_dir() && uids.contains(&metadata.uid()) && is_private {
         return Ok(());
+    }
+    if metadata.is_dir() && !is_private {
+        let reason = format!("others may write to it (mode {:o})", metadata.permissions().mode() & 0o7777);
+        return Err(PostgresError::NotOurs { path: directory.to_owned(), reason });
     }
     let reason = format!("it belongs to uid {}", metadata.uid());
     Err(PostgresError::NotOurs { path: directory.to_owned(), reason })
 }
 
-/// Short, for unix sockets, and not below the data, whose parents may be private.
-fn runtime_directory(owner: &Owner) -> PathBuf {
-    if owner.is_from_root() {
+/// Where this user's sockets lie: short, as their paths must be, and not below the data, whose parents may be private.
+pub fn runtime_directory() -> PathBuf {
+    let user = rustix::process::geteuid();
+    if user.is_root() {
         return PathBuf::from("/run/systemprompt");
     }
     match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
         Some(directory) if directory.is_absolute() && directory.is_dir() => directory.join("systemprompt"),
-        _ => std::env::temp_dir().join(format!("systemprompt-{}", owner.uid)),
+        _ => std::env::temp_dir().join(format!("systemprompt-{}", user.as_raw())),
     }
+}
+
+/// Makes [`runtime_directory`] where it is missing.
+///
+/// # Errors
+/// It cannot be made, or somebody else put it there or may write to it.
+pub fn prepare_runtime_directory() -> Result<(), PostgresError> {
+    let directory = runtime_directory();
+    create_directories(&directory)?;
+    check_owned(&directory)
 }
 
 fn canonical(data: &Path) -> Result<PathBuf, PostgresError> {

@@ -23,6 +23,7 @@ mod wire;
 pub use binaries::{BinarySearch, MINIMUM_VERSION};
 pub use cluster::{Cluster, ClusterConfig, StopMode};
 pub use error::PostgresError;
+pub use layout::{prepare_runtime_directory, runtime_directory};
 pub use settings::{Access, Durability};
 
 /// The superuser of every cluster, and the owner of what is in it.

@@ -4,7 +4,7 @@ use crate::PostgresError;
 use std::{
     fs, io,
     os::unix::{
-        fs::{MetadataExt, PermissionsExt, chown},
+        fs::{MetadataExt, PermissionsExt, chown, fchown},
         process::CommandExt,
     },
     path::Path,
@@ -50,10 +50,6 @@ impl Owner {
         &self.invoker
     }
 
-    pub(crate) const fn is_from_root(&self) -> bool {
-        self.from_root
-    }
-
     /// Makes `command` run as this user, with nothing of our environment.
     pub(crate) fn dress(&self, command: &mut Command) {
         command.env_clear().env("PATH", "/usr/bin:/bin").env("LC_ALL", "C.UTF-8").current_dir("/");
@@ -66,6 +62,11 @@ impl Owner {
     /// Hands a file or directory of ours over to this user.
     pub(crate) fn give(&self, path: &Path) -> io::Result<()> {
         if self.from_root { chown(path, Some(self.uid), Some(self.gid)) } else { Ok(()) }
+    }
+
+    /// The same for an open file.
+    pub(crate) fn give_file(&self, file: &fs::File) -> io::Result<()> {
+        if self.from_root { fchown(file, Some(self.uid), Some(self.gid)) } else { Ok(()) }
     }
 
     /// Every directory above `path` must let this user through.

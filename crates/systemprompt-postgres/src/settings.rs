@@ -1,7 +1,6 @@
 //! What a server is told: pure, so that it can be read in one place.
 
-use crate::SUPERUSER;
-use std::path::Path;
+use crate::{SUPERUSER, layout::Layout};
 
 /// Who may connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -68,6 +67,14 @@ impl Access {
         }
     }
 
+    /// Tenants can raise any number of lower messages, and what is logged lies on everybody's disk.
+    const fn least_logged(self) -> &'static str {
+        match self {
+            Self::ControlPlane => "warning",
+            Self::Tenants => "fatal",
+        }
+    }
+
     const fn connections(self) -> &'static str {
         match self {
             Self::ControlPlane => "60",
@@ -90,13 +97,16 @@ pub(crate) fn ident(invoker: &str) -> String {
 
 /// The server's arguments behind its name.
 pub(crate) fn arguments(
-    socket: &Path,
+    layout: &Layout,
     access: Access,
     durability: Durability,
     extra: &[(String, String)],
 ) -> Vec<String> {
     let mut settings: Vec<(&str, String)> = BASE.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
-    settings.push(("unix_socket_directories", socket.display().to_string()));
+    settings.push(("unix_socket_directories", layout.socket_dir.display().to_string()));
+    settings.push(("hba_file", layout.hba().display().to_string()));
+    settings.push(("ident_file", layout.ident().display().to_string()));
+    settings.push(("log_min_messages", access.least_logged().to_owned()));
     settings.push(("unix_socket_permissions", access.socket_modes().socket.to_owned()));
     settings.push(("max_connections", access.connections().to_owned()));
     let durable = match durability {
@@ -118,7 +128,8 @@ mod tests {
     #[test]
     fn the_last_word_is_the_callers_and_durability_is_on_by_default() {
         let extra = [("max_connections".to_owned(), "7".to_owned())];
-        let all = arguments(Path::new("/run/x"), Access::ControlPlane, Durability::Full, &extra);
+        let layout = Layout { data: "/d".into(), socket_dir: "/run/x".into() };
+        let all = arguments(&layout, Access::ControlPlane, Durability::Full, &extra);
         let position = |text: &str| all.iter().rposition(|argument| argument == text);
         assert!(position("max_connections=7") > position("max_connections=60"));
         for expected in ["fsync=on", "full_page_writes=on", "listen_addresses="] {

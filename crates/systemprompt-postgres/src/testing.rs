@@ -13,7 +13,7 @@ use std::{
     fs::{self, DirBuilder, File, Permissions},
     io::Write,
     os::unix::{
-        fs::{DirBuilderExt, PermissionsExt},
+        fs::{DirBuilderExt, MetadataExt, PermissionsExt},
         process::CommandExt,
     },
     path::{Path, PathBuf},
@@ -158,7 +158,12 @@ fn template(owner: &Owner) -> Result<PathBuf, PostgresError> {
         .and_then(|file| file.lock().map(|()| file))
         .map_err(PostgresError::io("locking", &lock_path))?;
     if path.join("PG_VERSION").is_file() {
-        return Ok(path);
+        let found = fs::symlink_metadata(&path).map_err(PostgresError::io("looking at", &path))?;
+        if found.is_dir() && found.uid() == owner.uid {
+            return Ok(path);
+        }
+        let reason = format!("it belongs to uid {}", found.uid());
+        return Err(PostgresError::NotOurs { path, reason });
     }
     let half_made = std::env::temp_dir().join(format!("{name}.init-tmp"));
     if half_made.exists() {

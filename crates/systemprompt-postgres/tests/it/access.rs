@@ -1,6 +1,7 @@
 //! Who may connect to what.
 
-use crate::support::{Place, sql, start};
+use crate::support::{Place, sql, start, stop};
+use std::os::unix::fs::MetadataExt as _;
 use systemprompt_postgres::{Access, Cluster};
 
 fn as_role(cluster: &Cluster, role: &str, password: &str, database: &str) -> String {
@@ -32,9 +33,9 @@ async fn a_tenant_reaches_the_database_of_its_own_name_only() {
 #[tokio::test]
 async fn a_password_in_a_failed_statement_is_not_logged() {
     let place = Place::new();
-    let cluster = start(place.config("tenants", Access::Tenants)).await.unwrap();
+    let cluster = start(place.control()).await.unwrap();
     sql(&cluster.url("postgres"), "ALTER ROLE nobody_here PASSWORD 'hunter2'").unwrap_err();
-    let log = std::fs::read_to_string(place.path().join("tenants.log")).unwrap();
+    let log = std::fs::read_to_string(place.path().join("control.log")).unwrap();
     assert!(log.contains("does not exist") && !log.contains("hunter2"), "{log}");
 }
 
@@ -62,4 +63,42 @@ async fn the_control_planes_cluster_knows_nobody_but_its_superuser() {
         .unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && error.contains("Peer authentication failed"), "{error}");
+}
+
+#[tokio::test]
+async fn a_tenant_cannot_fill_the_log() {
+    let place = Place::new();
+    let cluster = start(place.config("tenants", Access::Tenants)).await.unwrap();
+    sql(&cluster.url("postgres"), "CREATE ROLE a LOGIN PASSWORD 'secret-a'").unwrap();
+    sql(&cluster.url("postgres"), "CREATE DATABASE a OWNER a").unwrap();
+    let url = as_role(&cluster, "a", "secret-a", "a");
+    sql(&url, "DO $$ BEGIN FOR i IN 1..100 LOOP RAISE LOG '%', repeat('x', 100000); END LOOP; END $$").unwrap();
+    for lift in
+        ["SET log_min_messages = debug1", "SET log_statement = 'all'", "ALTER ROLE a SET log_min_messages = log"]
+    {
+        let error = sql(&url, lift).unwrap_err();
+        assert!(error.contains("permission denied"), "{lift}: {error}");
+    }
+    let log = std::fs::metadata(place.path().join("tenants.log")).unwrap();
+    assert!(log.len() < 10_000, "{} bytes", log.len());
+}
+
+/// The data directory is its server's: whoever that user is must not lead root's hand.
+#[tokio::test]
+async fn a_link_in_the_data_directory_is_not_followed() {
+    let place = Place::new();
+    let cluster = start(place.control()).await.unwrap();
+    stop(&cluster).await;
+    let victim = place.path().join("victim");
+    std::fs::write(&victim, "root's own").unwrap();
+    for name in ["pg_hba.conf", "pg_ident.conf"] {
+        let path = place.path().join("control").join(name);
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&victim, &path).unwrap();
+    }
+    let before = std::fs::metadata(&victim).unwrap();
+    start(place.control()).await.unwrap();
+    let after = std::fs::metadata(&victim).unwrap();
+    assert_eq!(std::fs::read_to_string(&victim).unwrap(), "root's own");
+    assert_eq!((before.uid(), before.mode()), (after.uid(), after.mode()));
 }

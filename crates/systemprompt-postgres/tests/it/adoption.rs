@@ -2,7 +2,7 @@
 
 use crate::support::{Place, child_argument, is_running, pid_of, spawn_child, sql, start, stop, wait_until};
 use std::{fs, os::unix::fs::PermissionsExt, process::Command};
-use systemprompt_postgres::{Access, ClusterConfig, Durability, StopMode};
+use systemprompt_postgres::{Access, Cluster, ClusterConfig, Durability, StopMode};
 
 #[tokio::test]
 async fn a_first_start_makes_the_cluster_and_a_second_adopts_it() {
@@ -168,4 +168,50 @@ async fn two_clusters_live_side_by_side() {
     assert_eq!(mode, 0o711);
     stop(&control).await;
     assert!(tenants.is_alive().await && !control.is_alive().await);
+}
+
+/// The environment that says where sockets lie may be another one at the next start.
+#[tokio::test]
+async fn a_server_is_adopted_where_its_socket_is() {
+    let place = Place::new();
+    let first = start(place.control()).await.unwrap();
+    let data = place.path().join("control");
+    let (pid, elsewhere) = (pid_of(&data), place.path().join("elsewhere"));
+    fs::rename(first.socket_dir(), &elsewhere).unwrap();
+    let pid_file = data.join("postmaster.pid");
+    let text = fs::read_to_string(&pid_file).unwrap();
+    let (here, there) = (first.socket_dir().display().to_string(), elsewhere.display().to_string());
+    fs::write(&pid_file, text.replace(&here, &there)).unwrap();
+    let second = start(place.control()).await.unwrap();
+    assert_eq!((pid_of(&data), second.socket_dir()), (pid, elsewhere.as_path()));
+    assert_eq!(sql(&second.url("postgres"), "SELECT 1").unwrap(), "1");
+    stop(&second).await;
+}
+
+#[tokio::test]
+async fn a_server_whose_socket_was_removed_is_started_anew() {
+    let place = Place::new();
+    let first = start(place.control()).await.unwrap();
+    let pid = pid_of(&place.path().join("control"));
+    sql(&first.url("postgres"), "CREATE TABLE kept AS SELECT 42 AS answer").unwrap();
+    fs::remove_dir_all(first.socket_dir()).unwrap();
+    let second = start(place.control()).await.unwrap();
+    assert_ne!(pid_of(&place.path().join("control")), pid);
+    assert_eq!(sql(&second.url("postgres"), "SELECT answer FROM kept").unwrap(), "42");
+    stop(&second).await;
+}
+
+#[tokio::test]
+async fn what_exists_is_found_without_starting_it() {
+    let place = Place::new();
+    let data = place.path().join("control");
+    assert!(Cluster::existing("control", &data).await.unwrap().is_none());
+    assert!(!data.exists(), "nothing was made");
+    stop(&start(place.control()).await.unwrap()).await;
+    let found = Cluster::existing("control", &data).await.unwrap().expect("the cluster");
+    assert!(!found.is_alive().await);
+    let running = start(place.control()).await.unwrap();
+    assert!(found.is_alive().await && found.socket_dir() == running.socket_dir());
+    stop(&found).await;
+    assert!(!running.is_alive().await);
 }

@@ -154,6 +154,11 @@ async fn a_full_disk_is_named_and_leaves_room_for_another_try() {
         config.data = root.join("full/control");
         let error = Cluster::start(config).await.unwrap_err().to_string();
         fs::write(root.join("said"), error).unwrap();
+        let larger = Command::new("mount").args(["-o", "remount,size=256m"]).arg(root.join("full")).status().unwrap();
+        assert!(larger.success());
+        let mut config = place.control();
+        config.data = root.join("full/control");
+        stop(&start(config).await.unwrap()).await;
         return;
     }
     fs::create_dir(place.path().join("full")).unwrap();
