@@ -35,6 +35,8 @@ const MAX_SUBMITS: u32 = 6;
 const SUBMIT_PAUSE: Duration = Duration::from_millis(250);
 /// After so much silence of the stream the operation itself is asked.
 const ASK_AFTER: Duration = Duration::from_secs(10);
+/// After so much silence of everything nobody is asked any more.
+const GIVE_UP_AFTER: Duration = Duration::from_mins(5);
 
 /// What to deploy, and where.
 #[derive(Debug, Clone)]
@@ -144,6 +146,9 @@ pub enum DeployError {
         /// Last lines of the instance that failed.
         logs: Vec<String>,
     },
+    /// The deploy was asked for and may have been accepted: no answer came.
+    #[error("the cloud did not answer whether it accepted the deploy: {0}")]
+    Unanswered(CloudError),
     /// The deploy was accepted, but its end was not seen.
     #[error("the deploy was accepted and goes on, but it can no longer be followed: {source}")]
     Lost {
@@ -166,6 +171,7 @@ impl DeployError {
             Self::Push(_) | Self::Registry(_) => "push_failed",
             Self::Cloud(error) => error.code(),
             Self::Failed { error, .. } => error.code.as_str(),
+            Self::Unanswered(_) => "deploy_unanswered",
             Self::Lost { .. } => "deploy_not_followed",
         }
     }
@@ -173,7 +179,7 @@ impl DeployError {
     /// Finds the call that failed in the log of the cloud.
     pub fn request_id(&self) -> Option<RequestId> {
         match self {
-            Self::Cloud(error) | Self::Lost { source: error, .. } => error.request_id(),
+            Self::Cloud(error) | Self::Unanswered(error) | Self::Lost { source: error, .. } => error.request_id(),
             Self::Failed { error, .. } => error.request_id,
             Self::Build(_) | Self::Push(_) | Self::Registry(_) | Self::BuildStopped => None,
         }
@@ -191,7 +197,7 @@ impl DeployError {
             }
             Self::Cloud(error) => error.hint(),
             Self::Failed { error, .. } => error.hint.clone(),
-            Self::Lost { .. } => Some(HOW_TO_LOOK.to_owned()),
+            Self::Unanswered(_) | Self::Lost { .. } => Some(HOW_TO_LOOK.to_owned()),
         }
     }
 }
@@ -304,6 +310,7 @@ impl Deploy {
             digest: Some(image.digest.to_string()),
         };
         let (mut attempt, mut pause) = (1, SUBMIT_PAUSE);
+        let mut unanswered = false;
         loop {
             match self.client.deploy(self.spec.tenant, &request, &self.key).await {
                 Ok(accepted) => {
@@ -311,10 +318,12 @@ impl Deploy {
                     return Ok(State::Watch { accepted, pushed });
                 }
                 Err(error) if attempt < MAX_SUBMITS && error.is_transient() => {
+                    unanswered |= error.may_have_arrived();
                     tracing::debug!(%error, attempt, "submitting again with the same key");
                     tokio::time::sleep(pause).await;
                     (attempt, pause) = (attempt + 1, pause * 2);
                 }
+                Err(error) if unanswered || error.may_have_arrived() => return Err(DeployError::Unanswered(error)),
                 Err(error) => return Err(error.into()),
             }
         }
@@ -329,6 +338,7 @@ impl Deploy {
         let operation = accepted.operation_id;
         let lost = |source| DeployError::Lost { operation, source };
         let mut events = self.client.tenant_events(self.spec.tenant);
+        let mut heard = tokio::time::Instant::now();
         loop {
             let verdict = match tokio::time::timeout(ASK_AFTER, events.next()).await {
                 Ok(Ok((_, Event::Deployment(event)))) if event.operation_id == operation => {
@@ -338,8 +348,13 @@ impl Deploy {
                 }
                 Ok(Ok(_)) => Verdict::GoOn,
                 Ok(Err(error)) => return Err(lost(error)),
-                Err(_) => self.ask(operation).await.map_err(lost)?,
+                Err(_) => match self.ask(operation).await {
+                    Ok(verdict) => verdict,
+                    Err(error) if error.is_transient() && heard.elapsed() < GIVE_UP_AFTER => continue,
+                    Err(error) => return Err(lost(error)),
+                },
             };
+            heard = tokio::time::Instant::now();
             match verdict {
                 Verdict::GoOn => {}
                 Verdict::Failed { error, logs } => return Err(DeployError::Failed { error, logs }),
@@ -359,11 +374,8 @@ impl Deploy {
 
     /// The operation's own word, where the stream says nothing: it may have been cancelled by another.
     async fn ask(&self, operation: OperationId) -> Result<Verdict, CloudError> {
-        match self.client.operation(operation).await {
-            Ok(view) => Ok(Verdict::of_operation(view.status, view.error)),
-            Err(error) if error.is_transient() => Ok(Verdict::GoOn),
-            Err(error) => Err(error),
-        }
+        let view = self.client.operation(operation).await?;
+        Ok(Verdict::of_operation(view.status, view.error))
     }
 
     /// `https`, unless the registry is the very origin of an API on this machine that is called without TLS.
@@ -480,21 +492,38 @@ mod tests {
         assert_eq!(Verdict::of_operation(OperationStatus::Succeeded, None), Verdict::Live { app_url: None });
     }
 
+    fn deploy(api: &str) -> Deploy {
+        let client = systemprompt_oci::http_client(&[]).expect("client");
+        let spec = DeploySpec {
+            tenant: TenantId::new(),
+            build: BuildSpec::new(".", "x", "p"),
+            cache_dir: PathBuf::new(),
+            push: PushMode::Push,
+        };
+        Deploy { client: CloudApiClient::without_token(api.parse().expect("url"), client), spec, key: String::new() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cloud_that_falls_silent_is_given_up() {
+        // Connections are taken by the kernel, and nobody ever answers.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let deploy = deploy(&format!("http://{}", listener.local_addr().expect("address")));
+        let accepted = DeployAccepted {
+            status: "deploying".to_owned(),
+            app_url: None,
+            operation_id: OperationId::new(),
+            deployment_id: DeploymentId::new(),
+            digest: String::new(),
+        };
+        let sink: DeploySink = Arc::new(|_| {});
+        let begun = tokio::time::Instant::now();
+        let ended = deploy.watch(accepted, None, &sink).await.err();
+        assert!(matches!(ended, Some(DeployError::Lost { .. })), "{ended:?}");
+        assert!(begun.elapsed() >= GIVE_UP_AFTER && begun.elapsed() < GIVE_UP_AFTER * 2, "{:?}", begun.elapsed());
+    }
+
     #[test]
     fn the_registry_is_called_with_tls_but_for_our_own_loopback() {
-        let deploy = |api: &str| Deploy {
-            client: CloudApiClient::without_token(
-                api.parse().expect("url"),
-                systemprompt_oci::http_client(&[]).expect("client"),
-            ),
-            spec: DeploySpec {
-                tenant: TenantId::new(),
-                build: BuildSpec::new(".", "x", "p"),
-                cache_dir: PathBuf::new(),
-                push: PushMode::Push,
-            },
-            key: String::new(),
-        };
         let url = |api: &str, registry: &str| deploy(api).registry_url(registry).map(|url| url.to_string());
         assert_eq!(url("https://api.x.io", "registry.x.io:8443").expect("url"), "https://registry.x.io:8443/");
         assert_eq!(url("http://127.0.0.1:1", "127.0.0.1:1").expect("url"), "http://127.0.0.1:1/");

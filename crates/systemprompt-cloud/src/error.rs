@@ -15,6 +15,8 @@ pub enum CloudError {
     Unauthorized {
         /// Who refused it.
         api_url: ApiUrl,
+        /// Finds the call in the log of the cloud.
+        request_id: Option<RequestId>,
     },
     /// The host could not be reached, or the connection broke.
     #[error("cannot reach {api_url}: {reason}")]
@@ -68,7 +70,7 @@ impl CloudError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Api(error) => error.hint.clone(),
-            Self::Unauthorized { api_url } => Some(log_in_to(api_url)),
+            Self::Unauthorized { api_url, .. } => Some(log_in_to(api_url)),
             Self::Unreachable { kind, .. } => Some(kind.hint().to_owned()),
             Self::Unexpected { .. } => Some("Check --api-url; a proxy may have answered in its place.".to_owned()),
         }
@@ -78,7 +80,8 @@ impl CloudError {
     pub fn request_id(&self) -> Option<RequestId> {
         match self {
             Self::Api(error) => error.request_id,
-            _ => None,
+            Self::Unauthorized { request_id, .. } => *request_id,
+            Self::Unreachable { .. } | Self::Unexpected { .. } => None,
         }
     }
 
@@ -95,6 +98,11 @@ impl CloudError {
             Self::Unexpected { status, .. } => matches!(status, 429 | 502..=504),
             Self::Unauthorized { .. } => false,
         }
+    }
+
+    /// Whether the call may have been carried out although nobody said so.
+    pub(crate) fn may_have_arrived(&self) -> bool {
+        matches!(self, Self::Unreachable { kind: TransportFailure::Timeout | TransportFailure::Broken, .. })
     }
 
     pub(crate) fn transport(api_url: &ApiUrl, error: &reqwest::Error) -> Self {

@@ -197,7 +197,19 @@ impl<'a> Directory<'a> {
     }
 
     fn read(&self) -> Result<Option<Vec<u8>>, PrivateFileError> {
+        self.close_to_others();
         self.read_named(self.name, self.path)
+    }
+
+    /// Others could read what another program left here; from now on they cannot.
+    fn close_to_others(&self) {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let Ok(fd) = openat(&self.fd, self.name, flags, Mode::empty()) else { return };
+        let Ok(stat) = fstat(&fd) else { return };
+        let is_open = stat.st_mode & 0o077 != 0 && FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        if is_open && fchmod(&fd, Mode::RUSR | Mode::WUSR).is_ok() {
+            tracing::warn!(path = %self.path.display(), "others could read this file; its mode is 0600 now");
+        }
     }
 
     fn read_named(&self, name: impl rustix::path::Arg, path: &Path) -> Result<Option<Vec<u8>>, PrivateFileError> {

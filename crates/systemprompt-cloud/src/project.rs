@@ -130,10 +130,10 @@ impl Project {
         let parent = path.parent().ok_or_else(outside)?;
         // The text must stay inside, and no link on the way may lead out of it.
         let inside = parent.starts_with(without_dots(&self.state())) && path.file_name().is_some();
-        let real = |path: &Path| path.canonicalize().ok();
-        let honest = match (real(parent), real(&self.state())) {
-            (Some(parent), Some(state)) => parent.starts_with(state),
-            _ => true,
+        let honest = match (deepest_real(parent), self.state().canonicalize()) {
+            (Some(parent), Ok(state)) => parent.starts_with(state),
+            // Nothing is there yet, so no link either.
+            (_, Err(_)) | (None, _) => true,
         };
         if inside && honest { Ok(path) } else { Err(outside()) }
     }
@@ -290,6 +290,11 @@ fn with_variables(text: &str, variables: &impl Fn(&str) -> Option<String>) -> St
     out + rest
 }
 
+/// What really is the deepest directory of `path` that exists: missing ones below it cannot lead elsewhere.
+fn deepest_real(path: &Path) -> Option<PathBuf> {
+    path.ancestors().find_map(|ancestor| ancestor.canonicalize().ok())
+}
+
 /// Resolves `.` and `..` in the text alone, so that what is judged is what is opened.
 fn without_dots(path: &Path) -> PathBuf {
     path.components().fold(PathBuf::new(), |mut clean, component| {
@@ -343,6 +348,23 @@ mod tests {
         for bad in
             ["../../../tenants.json", "/etc/passwd", "../../../.systemprompt-x/t.json", "../..", "../../../../../etc/x"]
         {
+            assert!(matches!(with(bad), Err(ProjectError::Outside { .. })), "{bad}");
+        }
+    }
+
+    #[test]
+    fn no_link_leads_tenants_path_out_of_the_project() {
+        let (root, elsewhere) = (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
+        let state = root.path().join(STATE_DIR);
+        std::fs::create_dir_all(state.join("profiles/p")).expect("made");
+        std::os::unix::fs::symlink(elsewhere.path(), state.join("link")).expect("linked");
+        let with = |path: &str| {
+            let profile = parse(&format!("name: n\ncloud:\n  tenants_path: {path:?}\n")).expect("profile");
+            let path = state.join("profiles/p/profile.yaml");
+            Project::at(root.path()).tenants_path(Some(&Profile { path, ..profile }))
+        };
+        assert!(with("../../own/new/tenants.json").is_ok());
+        for bad in ["../../link/tenants.json", "../../link/new/tenants.json", "../../link/a/b/tenants.json"] {
             assert!(matches!(with(bad), Err(ProjectError::Outside { .. })), "{bad}");
         }
     }

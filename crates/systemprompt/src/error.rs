@@ -49,6 +49,15 @@ impl CliError {
         self
     }
 
+    /// A hint that stands before the one that is there.
+    pub(crate) fn hint_before(mut self, hint: &str) -> Self {
+        if let Self::Failed(failure) = &mut self {
+            let other = failure.hint.as_deref().map_or_else(String::new, |other| format!(". {other}"));
+            failure.hint = Some(format!("{hint}{other}"));
+        }
+        self
+    }
+
     pub(crate) fn interrupted(message: impl Into<String>) -> Self {
         Self::Interrupted(Failure::new("interrupted", message))
     }
@@ -70,7 +79,8 @@ impl CliError {
             Self::Failed(_) => ExitCode::from(1),
             Self::Usage(_) => ExitCode::from(2),
             Self::Interrupted(_) => ExitCode::from(130),
-            Self::Declined | Self::BrokenPipe => ExitCode::SUCCESS,
+            Self::Declined => ExitCode::FAILURE,
+            Self::BrokenPipe => ExitCode::SUCCESS,
         }
     }
 

@@ -15,8 +15,12 @@ pub(crate) fn choose(question: &str, choices: &[String]) -> Result<usize, CliErr
         writeln!(std::io::stderr(), "  {}. {}", index + 1, escaped(choice))?;
     }
     let answer = ask(&format!("{question} [1-{}] ", choices.len()))?;
+    if answer.is_empty() {
+        return Err(CliError::Declined);
+    }
     let index = answer.parse::<usize>().ok().and_then(|number| number.checked_sub(1));
-    index.filter(|index| *index < choices.len()).ok_or(CliError::Declined)
+    let refuse = || CliError::usage(format!("expected a number from 1 to {}, got {answer:?}", choices.len()));
+    index.filter(|index| *index < choices.len()).ok_or_else(refuse)
 }
 
 fn ask(question: &str) -> Result<String, CliError> {

@@ -30,11 +30,14 @@ impl Settings {
         let project = found.unwrap_or_else(|| Project::at(&here));
         let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
         let interactive = terminal && !global.non_interactive && !global.output().json;
+        // Not parsed with the arguments: the message there would show a password in it.
+        let api_url = global.api_url.as_deref().map(str::parse::<ApiUrl>).transpose();
+        let api_url = api_url.map_err(|error| CliError::usage(format!("--api-url: {error}")))?;
         Ok(Self {
             project,
             in_project,
             profile: global.profile,
-            api_url: global.api_url,
+            api_url,
             http: HttpOptions { ca_file: global.ca_file.map(|path| absolute(&here, path)) },
             interactive,
         })

@@ -12,8 +12,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use std::{fmt, time::Duration};
 use systemprompt_contract::{
     ApiError, CheckoutCreated, CheckoutId, CheckoutRequest, CheckoutState, Data, DeployAccepted, DeployRequest,
-    ErrorBody, ErrorCode, LogPage, Me, OperationId, OperationView, Plan, RegistryToken, Secret, SetupRequest, SignedIn,
-    TenantId, TenantStatusView, TenantSummary, TenantView, TokenExchange, paths,
+    ErrorBody, ErrorCode, LogPage, Me, OperationId, OperationView, Plan, RegistryToken, RequestId, Secret,
+    SetupRequest, SignedIn, TenantId, TenantStatusView, TenantSummary, TenantView, TokenExchange, paths,
 };
 
 /// A call that takes longer than this has failed; streams have no such limit.
@@ -258,7 +258,10 @@ impl CloudApiClient {
         let body = answer.bytes().await.unwrap_or_default();
         match read_error(&body) {
             Some(error) if status != StatusCode::UNAUTHORIZED || self.token.is_none() => CloudError::Api(error),
-            _ if status == StatusCode::UNAUTHORIZED => CloudError::Unauthorized { api_url: self.api_url.clone() },
+            error if status == StatusCode::UNAUTHORIZED => CloudError::Unauthorized {
+                api_url: self.api_url.clone(),
+                request_id: error.and_then(|error| error.request_id),
+            },
             _ => self.unexpected(status.as_u16(), &excerpt(&body)),
         }
     }
@@ -287,13 +290,15 @@ fn read_error(body: &[u8]) -> Option<ApiError> {
         code: String,
         message: String,
         hint: Option<String>,
+        request_id: Option<RequestId>,
     }
     if let Ok(known) = serde_json::from_slice::<ErrorBody>(body) {
         return Some(known.error);
     }
     let Newer { error } = serde_json::from_slice(body).ok()?;
     let message = format!("{}: {}", error.code, error.message);
-    Some(ApiError { hint: error.hint, ..ApiError::new(ErrorCode::Internal, message) })
+    let (hint, request_id) = (error.hint, error.request_id);
+    Some(ApiError { hint, request_id, ..ApiError::new(ErrorCode::Internal, message) })
 }
 
 #[cfg(test)]

@@ -121,6 +121,15 @@ fn no_link_and_nothing_but_a_plain_file_is_followed() {
 }
 
 #[test]
+fn a_file_that_others_could_read_is_closed_to_them() {
+    let (_directory, path) = project();
+    credentials("a").save_to_path(&path).expect("saved");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("opened");
+    CloudCredentials::load_from_path(&path).expect("loaded");
+    assert_eq!(mode(&path), 0o600);
+}
+
+#[test]
 fn a_hard_link_elsewhere_keeps_its_content() {
     let (directory, path) = project();
     credentials("old").save_to_path(&path).expect("saved");

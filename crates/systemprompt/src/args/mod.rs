@@ -42,7 +42,7 @@ pub(crate) struct GlobalArgs {
     pub(crate) profile: Option<String>,
     /// Management API to call; without it the one that is signed in to.
     #[arg(long, global = true, value_name = "URL", env = "SYSTEMPROMPT_API_URL", hide_env_values = true)]
-    pub(crate) api_url: Option<systemprompt_cloud::ApiUrl>,
+    pub(crate) api_url: Option<String>,
     /// Further certificate authorities to trust, PEM.
     #[arg(long, global = true, value_name = "FILE", env = "SYSTEMPROMPT_CA_FILE", hide_env_values = true)]
     pub(crate) ca_file: Option<PathBuf>,

@@ -1,5 +1,5 @@
 use crate::{
-    commands::confirmed,
+    commands::{confirmed, open_in_browser},
     context::is_signed_out,
     error::CliError,
     output::{ArtifactType, Printer},
@@ -76,7 +76,7 @@ pub(crate) async fn login(how: How, settings: &Settings, printer: &Printer) -> R
 fn show_address(address: &str, open: bool, printer: &Printer) {
     printer.talk("Sign in with your browser:");
     printer.talk(&format!("  {address}"));
-    if open && webbrowser::open(address).is_err() {
+    if open && !open_in_browser(address) {
         printer.talk("No browser could be opened; open the address yourself.");
     }
 }
@@ -100,6 +100,8 @@ fn remember_tenants(me: &Me, settings: &Settings) -> Result<(), CliError> {
 #[derive(Serialize)]
 struct LogoutView {
     message: &'static str,
+    /// Whether the token is good for nothing any more; none was when there was none.
+    revoked: bool,
     credentials_path: Option<PathBuf>,
 }
 
@@ -108,31 +110,39 @@ pub(crate) async fn logout(yes: bool, settings: &Settings, printer: &Printer) ->
         return Err(CliError::new("inside_a_tenant", "a tenant's instance is signed in by its environment"));
     };
     let credentials = match CloudCredentials::load_from_path(path) {
-        Ok(None) => return said(printer, "Nobody was signed in", None),
+        Ok(None) => return said(printer, "Nobody was signed in", false, None),
         // A file that cannot be read can still be removed.
         Err(CredentialsError::Invalid { .. }) => None,
         other => other?,
     };
     confirmed("Sign out and revoke the token?", yes, settings)?;
-    if let Some(credentials) = credentials {
-        revoke(credentials, settings, printer).await?;
-    }
+    let revoked = match credentials {
+        Some(credentials) => revoke(credentials, settings, printer).await?,
+        None => false,
+    };
     CloudCredentials::delete_at_path(path)?;
-    said(printer, "Signed out", Some(path.clone()))
+    said(printer, "Signed out", revoked, Some(path.clone()))
 }
 
 /// A cloud that is away must not keep anybody signed in.
-async fn revoke(credentials: CloudCredentials, settings: &Settings, printer: &Printer) -> Result<(), CliError> {
+async fn revoke(credentials: CloudCredentials, settings: &Settings, printer: &Printer) -> Result<bool, CliError> {
     let http = http_client(&settings.http)?;
     match CloudApiClient::new(credentials.api_url, credentials.api_token, http).logout().await {
-        Ok(()) | Err(CloudError::Unauthorized { .. }) => {}
-        Err(error) => printer.warn(&format!("the token could not be revoked and stays valid until it ends: {error}")),
+        Ok(()) | Err(CloudError::Unauthorized { .. }) => Ok(true),
+        Err(error) => {
+            printer.warn(&format!("the token could not be revoked and stays valid until it ends: {error}"));
+            Ok(false)
+        }
     }
-    Ok(())
 }
 
-fn said(printer: &Printer, message: &'static str, credentials_path: Option<PathBuf>) -> Result<(), CliError> {
-    printer.value(ArtifactType::Text, &LogoutView { message, credentials_path }, |text| text.line(message))
+fn said(
+    printer: &Printer,
+    message: &'static str,
+    revoked: bool,
+    credentials_path: Option<PathBuf>,
+) -> Result<(), CliError> {
+    printer.value(ArtifactType::Text, &LogoutView { message, revoked, credentials_path }, |text| text.line(message))
 }
 
 #[derive(Serialize)]

@@ -7,10 +7,7 @@ use crate::{
 use serde::Serialize;
 use std::{
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
 };
 use systemprompt_cloud::{
     BuildError, BuildEvent, BuildSpec, Deploy, DeployError, DeployProgress, DeploySink, DeploySpec, DeployStage,
@@ -53,13 +50,13 @@ pub(crate) async fn deploy(request: Request, settings: &Settings, printer: &Prin
     let push = if request.skip_push { PushMode::Skip } else { PushMode::Push };
     let spec = DeploySpec { tenant, build, cache_dir: settings.project.layer_cache(), push };
     let progress = printer.progress();
-    let accepted = Arc::new(AtomicBool::new(false));
-    let run = Deploy::new(client, spec).run(sink(progress.clone(), Arc::clone(&accepted)));
+    let stage = Arc::new(Mutex::new(DeployStage::Build));
+    let run = Deploy::new(client, spec).run(sink(progress.clone(), Arc::clone(&stage)));
     let outcome = tokio::select! {
         outcome = run => outcome.map_err(CliError::from),
         signal = tokio::signal::ctrl_c() => {
             signal?;
-            Err(interrupted(accepted.load(Ordering::Acquire)))
+            Err(interrupted(*stage.lock().unwrap_or_else(PoisonError::into_inner)))
         }
     };
     progress.finish();
@@ -73,11 +70,18 @@ fn planned(builder: &ImageBuilder, settings: &Settings) -> Result<Plan, BuildErr
     Ok(plan)
 }
 
-fn interrupted(accepted: bool) -> CliError {
-    if accepted {
-        CliError::interrupted("stopped watching; the deploy goes on in the cloud").hint(HOW_TO_LOOK)
-    } else {
-        CliError::interrupted("stopped before anything was deployed; what was sent is kept for the next time")
+fn interrupted(stage: DeployStage) -> CliError {
+    match stage {
+        DeployStage::Build | DeployStage::Token | DeployStage::Push => {
+            CliError::interrupted("stopped before anything was deployed; what was sent is kept for the next time")
+        }
+        DeployStage::Submit => {
+            CliError::interrupted("stopped while the cloud was asked; it may have accepted the deploy")
+                .hint(HOW_TO_LOOK)
+        }
+        DeployStage::Watch => {
+            CliError::interrupted("stopped watching; the deploy goes on in the cloud").hint(HOW_TO_LOOK)
+        }
     }
 }
 
@@ -146,10 +150,13 @@ fn describe(plan: &Plan, text: &mut Text) {
     text.line(format!("{} in {} layers, before compression", bytes(plan.size_bytes()), plan.layers.len()));
 }
 
-/// Tells a person how far it is; remembers whether the cloud has it.
-fn sink(progress: Progress, accepted: Arc<AtomicBool>) -> DeploySink {
+/// Tells a person how far it is, and remembers it.
+fn sink(progress: Progress, reached: Arc<Mutex<DeployStage>>) -> DeploySink {
     Arc::new(move |event| match event {
-        DeployProgress::Stage(stage) => progress.now(stage_text(stage)),
+        DeployProgress::Stage(stage) => {
+            *reached.lock().unwrap_or_else(PoisonError::into_inner) = stage;
+            progress.now(stage_text(stage));
+        }
         DeployProgress::LeftOut(left_out) => progress.step(&left_out_text(&left_out)),
         DeployProgress::Build(BuildEvent::Scanned { files }) => progress.now(&format!("Packing {files} files")),
         DeployProgress::Build(BuildEvent::Layer { name, size, cached: false }) => {
@@ -159,7 +166,6 @@ fn sink(progress: Progress, accepted: Arc<AtomicBool>) -> DeploySink {
         DeployProgress::Push(PushEvent::Manifest { digest }) => progress.step(&format!("pushed {digest}")),
         DeployProgress::Build(BuildEvent::Layer { .. }) | DeployProgress::Push(_) => {}
         DeployProgress::Accepted(deploy) => {
-            accepted.store(true, Ordering::Release);
             progress.step(&format!("deploy accepted, operation {}", deploy.operation_id));
         }
         DeployProgress::Step(event) => progress.step(&event.message),

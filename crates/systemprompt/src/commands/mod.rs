@@ -18,6 +18,7 @@ use crate::{
     settings::Settings,
 };
 use std::time::Duration;
+use systemprompt_cloud::ApiUrl;
 
 pub(crate) async fn run(command: Command, settings: &Settings, printer: &Printer) -> Result<(), CliError> {
     match command {
@@ -93,6 +94,15 @@ async fn tenant(command: TenantCommand, settings: &Settings, printer: &Printer) 
     }
 }
 
+/// Shows a page of the cloud. The address is the server's word, and other schemes start other programs than a browser.
+fn open_in_browser(address: &str) -> bool {
+    is_page(address) && webbrowser::open(address).is_ok()
+}
+
+fn is_page(address: &str) -> bool {
+    url::Url::parse(address).is_ok_and(|url| url.origin().ascii_serialization().parse::<ApiUrl>().is_ok())
+}
+
 /// Asks before something is taken away; without a person it must have been said already.
 fn confirmed(question: &str, yes: bool, settings: &Settings) -> Result<(), CliError> {
     if yes {
@@ -102,4 +112,22 @@ fn confirmed(question: &str, yes: bool, settings: &Settings) -> Result<(), CliEr
         return Err(CliError::usage("there is no terminal to ask at, and this cannot be taken back: say --yes"));
     }
     if crate::prompt::confirm(question)? { Ok(()) } else { Err(CliError::Declined) }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn only_pages_are_opened() {
+        for (address, expected) in [
+            ("https://cloud.example/checkout/3", true),
+            ("http://127.0.0.1:8480/login?a=b", true),
+            ("http://cloud.example/", false),
+            ("file:///etc/passwd", false),
+            ("javascript:alert(1)", false),
+            ("ssh://-oProxyCommand=x", false),
+            ("cloud.example", false),
+        ] {
+            assert_eq!(super::is_page(address), expected, "{address}");
+        }
+    }
 }

@@ -217,7 +217,7 @@ pub(crate) async fn delete(
     TenantStore::update(&settings.tenants_path(profile.as_ref())?, |store| store.remove(&id.to_string()))?;
     let message = match mode {
         DeleteMode::Restorable => "Deleted; its data goes after 48 hours",
-        DeleteMode::Purge => "Deleted with its data",
+        DeleteMode::Purge => "Deleted; its data is being removed",
     };
     let view = Deleted { message, details: DeletedDetails { id: id.to_string(), operation_id } };
     printer.value(ArtifactType::Text, &view, |text| text.line(format!("{}: {message}", tenant.summary.name)))

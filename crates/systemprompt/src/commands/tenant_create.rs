@@ -1,13 +1,14 @@
 use crate::{
+    commands::open_in_browser,
     context::Session,
     error::CliError,
     output::{ArtifactType, Printer, Progress},
     settings::Settings,
 };
 use serde::Serialize;
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::OnceLock, time::Duration};
 use systemprompt_cloud::{
-    CheckoutOutcome, CheckoutProgress, CloudApiClient, NewCloudTenantParams, StoredTenant, TenantStore,
+    CheckoutError, CheckoutOutcome, CheckoutProgress, CloudApiClient, NewCloudTenantParams, StoredTenant, TenantStore,
     TenantStoreError, follow_checkout, resume_command, run_checkout_callback_flow,
 };
 use systemprompt_contract::{CheckoutCreated, CheckoutId, CheckoutRequest, Plan, Region, TenantId, TenantName};
@@ -38,12 +39,15 @@ pub(crate) async fn create(request: Request, settings: &Settings, printer: &Prin
     let Session { client, .. } = settings.session(printer)?;
     let path = settings.tenants_path(settings.profile()?.as_ref())?;
     let progress = printer.progress();
+    let begun = request.checkout.map_or_else(OnceLock::new, OnceLock::from);
     let outcome = tokio::select! {
-        outcome = checkout(request, &client, settings, printer, &path, &progress) => outcome,
+        outcome = checkout(request, &client, settings, printer, &path, &progress, &begun) => outcome,
         signal = tokio::signal::ctrl_c() => {
             signal?;
-            Err(CliError::interrupted("stopped waiting; the checkout stays as it is")
-                .hint("Go on with it: systemprompt cloud tenant create --checkout ID"))
+            Err(match begun.get() {
+                Some(id) => CliError::interrupted("stopped waiting; the checkout stays as it is").hint(go_on(*id)),
+                None => CliError::interrupted("stopped before anything was bought"),
+            })
         }
     };
     progress.finish();
@@ -77,11 +81,15 @@ async fn checkout(
     printer: &Printer,
     path: &Path,
     progress: &Progress,
+    begun: &OnceLock<CheckoutId>,
 ) -> Result<CheckoutOutcome, CliError> {
     let (region, open_browser, within) = (request.region, request.open_browser, request.within);
     let mut sink = |event: CheckoutProgress| -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         match event {
-            CheckoutProgress::Created(created) => announce(&created, open_browser, progress),
+            CheckoutProgress::Created(created) => {
+                begun.get_or_init(|| created.checkout_session_id);
+                announce(&created, open_browser, progress);
+            }
             CheckoutProgress::Tenant { id, name } => {
                 remember(path, id, &name, region)?;
                 progress.step(&format!("{name}: bought, tenant {id}"));
@@ -95,12 +103,25 @@ async fn checkout(
     };
     if let Some(id) = request.checkout {
         progress.now("Waiting for the checkout to be confirmed");
-        return Ok(follow_checkout(client, id, within, &mut sink).await?);
+        return follow_checkout(client, id, within, &mut sink).await.map_err(|error| unfinished(error, Some(id)));
     }
-    let plan = choose_plan(client.plans().await?, request.plan.as_deref(), settings, printer)?;
+    let plan = choose_plan(client.plans().await?, request.plan.as_deref(), settings, printer).await?;
     let name = request.name.or_else(|| name_of_project(settings));
     let checkout = CheckoutRequest { price_id: plan.paddle_price_id, region, redirect_uri: None, name };
-    Ok(run_checkout_callback_flow(client, checkout, within, &mut sink).await?)
+    let outcome = run_checkout_callback_flow(client, checkout, within, &mut sink).await;
+    outcome.map_err(|error| unfinished(error, begun.get().copied()))
+}
+
+/// A call that fails does not end the checkout.
+fn unfinished(error: CheckoutError, begun: Option<CheckoutId>) -> CliError {
+    match (&error, begun) {
+        (CheckoutError::Cloud(_), Some(id)) => CliError::from(error).hint_before(&go_on(id)),
+        _ => error.into(),
+    }
+}
+
+fn go_on(id: CheckoutId) -> String {
+    format!("Go on with the checkout: {}", resume_command(id))
 }
 
 fn announce(created: &CheckoutCreated, open_browser: bool, progress: &Progress) {
@@ -110,7 +131,7 @@ fn announce(created: &CheckoutCreated, open_browser: bool, progress: &Progress) 
     progress.step("With manual billing the operator confirms it:");
     progress.step(&format!("  systemprompt cloud checkout confirm {id}"));
     progress.step(&format!("To go on waiting later: {}", resume_command(id)));
-    if open_browser && webbrowser::open(&created.checkout_url).is_err() {
+    if open_browser && !open_in_browser(&created.checkout_url) {
         progress.step("No browser could be opened; open the address yourself.");
     }
     progress.now("Waiting for the checkout to be confirmed");
@@ -133,7 +154,7 @@ fn remember(path: &Path, id: TenantId, name: &str, region: Region) -> Result<(),
 }
 
 /// Nothing is bought that was not named, unless there is no choice.
-fn choose_plan(
+async fn choose_plan(
     mut plans: Vec<Plan>,
     asked: Option<&str>,
     settings: &Settings,
@@ -155,7 +176,9 @@ fn choose_plan(
                 |plan: &Plan| format!("{} ({} MiB, {} GiB)", plan.name, plan.memory_mb_default, plan.volume_gb);
             let choices: Vec<_> = plans.iter().map(describe).collect();
             printer.talk("Plans:");
-            Ok(plans.swap_remove(crate::prompt::choose("Which plan?", &choices)?))
+            // Not on this thread: Ctrl-C must be heard.
+            let chosen = tokio::task::spawn_blocking(move || crate::prompt::choose("Which plan?", &choices)).await;
+            Ok(plans.swap_remove(chosen.map_err(|_| CliError::Declined)??))
         }
         _ => Err(CliError::usage(format!("there are several plans; name one with --plan: {names}"))),
     }

@@ -10,6 +10,7 @@ pub(crate) use text::{Text, bytes};
 
 use crate::error::{CliError, Failure};
 use anstream::ColorChoice;
+use clap::error::ErrorKind;
 use owo_colors::OwoColorize as _;
 use serde::Serialize;
 use std::{
@@ -41,6 +42,7 @@ pub(crate) struct OutputOptions {
 pub(crate) struct Printer {
     json: bool,
     quiet: bool,
+    no_color: bool,
 }
 
 #[derive(Serialize)]
@@ -71,7 +73,7 @@ impl Printer {
             ColorChoice::Never.write_global();
         }
         log_to_stderr(options.verbose);
-        Self { json: options.json, quiet: options.quiet }
+        Self { json: options.json, quiet: options.quiet, no_color: options.no_color }
     }
 
     pub(crate) fn is_json(&self) -> bool {
@@ -122,7 +124,7 @@ impl Printer {
     }
 
     pub(crate) fn progress(&self) -> Progress {
-        Progress::new(self.quiet, std::io::stderr().is_terminal())
+        Progress::new(self.quiet, std::io::stderr().is_terminal(), self.no_color)
     }
 
     /// Ends the process as the outcome says.
@@ -138,9 +140,10 @@ impl Printer {
         if self.json {
             let &Failure { ref code, ref message, ref hint, request_id, ref details } = failure;
             let error = ErrorFields { code, message, hint: hint.as_deref(), request_id, logs: details };
-            // Nobody is left to tell when standard output is gone.
-            let _ = self.json(&ErrorEnvelope { error });
-            return;
+            // Who went is not to be told; a full disk is told on the other stream.
+            if let Ok(()) | Err(CliError::BrokenPipe) = self.json(&ErrorEnvelope { error }) {
+                return;
+            }
         }
         let mut stderr = anstream::stderr();
         for line in &failure.details {
@@ -172,16 +175,33 @@ impl Printer {
 /// asked for.
 pub(crate) fn usage_error(error: &clap::Error) -> ExitCode {
     let wants_json = std::env::args_os().any(|argument| argument == "--json") || crate::settings::env_wants_json();
-    if !error.use_stderr() || !wants_json {
+    if !wants_json {
         // A reader that left is no reason to fail.
         let _ = error.print();
         return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
     }
     let text = error.render().to_string();
-    let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-    let failure = CliError::usage(message).hint("See: systemprompt --help");
-    let options = OutputOptions { json: true, no_color: true, quiet: true, verbose: 0 };
-    Printer::new(options).exit_code(Err(failure))
+    let printer = Printer::new(OutputOptions { json: true, no_color: true, quiet: true, verbose: 0 });
+    if !error.use_stderr() {
+        return printer.exit_code(printer.value(ArtifactType::Text, &Said { text: text.trim_end() }, |_| {}));
+    }
+    let message = match error.kind() {
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "expected a subcommand".to_owned(),
+        _ => complaint(&text),
+    };
+    printer.exit_code(Err(CliError::usage(message).hint("See: systemprompt --help")))
+}
+
+#[derive(Serialize)]
+struct Said<'a> {
+    text: &'a str,
+}
+
+/// All that clap complains of, in one line, without the usage behind it.
+fn complaint(text: &str) -> String {
+    let lines = text.lines().take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let words: Vec<_> = lines.map(str::trim).filter(|line| !line.is_empty()).collect();
+    words.join(" ").trim_start_matches("error: ").to_owned()
 }
 
 /// `-v` and `-vv` show our own log; those of libraries could carry headers.

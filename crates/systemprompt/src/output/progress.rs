@@ -11,12 +11,16 @@ pub(crate) enum Progress {
 }
 
 impl Progress {
-    pub(crate) fn new(quiet: bool, terminal: bool) -> Self {
+    pub(crate) fn new(quiet: bool, terminal: bool, no_color: bool) -> Self {
         match (quiet, terminal) {
             (true, _) => Self::Silent,
             (false, false) => Self::Plain,
             (false, true) => {
-                let bar = ProgressBar::new_spinner().with_style(style("{spinner:.cyan} {wide_msg}"));
+                let bar = ProgressBar::new_spinner().with_style(style(if no_color {
+                    "{spinner} {wide_msg}"
+                } else {
+                    "{spinner:.cyan} {wide_msg}"
+                }));
                 bar.enable_steady_tick(Duration::from_millis(120));
                 Self::Moving(bar)
             }

@@ -216,3 +216,19 @@ fn files_that_are_not_private() {
     let ended = cli.run(&["cloud", "tenant", "select", TENANT]);
     assert!(ended.stderr.contains("which is not below .systemprompt"), "{}", ended.stderr);
 }
+
+#[test]
+fn a_password_in_a_url_does_not_come_back() {
+    let cloud = Cloud::start();
+    let cli = Cli::new(&cloud);
+    let url = "https://me:hunter2@x.example";
+    let by_env = cli.command(&["cloud", "status"]).env("SYSTEMPROMPT_API_URL", url).output().expect("ran");
+    let by_argument = cli.run(&["cloud", "status", "--api-url", url]);
+    assert!(!String::from_utf8_lossy(&by_env.stderr).contains("hunter2"));
+    assert_snapshot!(by_argument.shown(), @r#"
+    exit 2
+    ----- stdout
+    ----- stderr
+    error: --api-url: expected an API URL such as https://api.systemprompt.io, without a user name, got "…@x.example"
+    "#);
+}

@@ -109,3 +109,31 @@ fn a_failed_deploy_carries_the_last_words() {
         (Some(1), &"app_crashed".into(), &json!(["shop"]))
     );
 }
+
+#[test]
+fn what_the_parser_says_is_one_value_too() {
+    let cloud = Cloud::start();
+    let cli = Cli::new(&cloud);
+    for command in [&["--help"][..], &["--version"], &["cloud", "deploy", "--help"]] {
+        let (code, value) = check(&cli, command);
+        assert!(code == Some(0) && value["data"]["text"].as_str().is_some_and(|text| text.contains("systemprompt")));
+    }
+    for (command, message) in [
+        (&["cloud"][..], "expected a subcommand"),
+        (&["cloud", "checkout", "confirm"], "the following required arguments were not provided: <ID>"),
+        (&["cloud", "lgos"], "unrecognized subcommand 'lgos' tip: a similar subcommand exists: 'logs'"),
+    ] {
+        let (code, value) = check(&cli, command);
+        assert_eq!((code, value["error"]["message"].as_str()), (Some(2), Some(message)));
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_on_the_other_stream() {
+    let cloud = Cloud::start();
+    let cli = Cli::new(&cloud);
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("opened");
+    let ended = cli.command(&["--json", "cloud", "tenant", "list"]).stdout(full).output().expect("ran");
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("not signed in"));
+}

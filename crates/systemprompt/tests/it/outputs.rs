@@ -153,7 +153,7 @@ fn tenants() {
     assert_snapshot!(cli.run(&["cloud", "tenant", "delete", "--yes", "--purge"]).shown(), @r"
     exit 0
     ----- stdout
-    shop: Deleted with its data
+    shop: Deleted; its data is being removed
     ----- stderr
     ");
     assert!(cloud.calls().contains(&format!("DELETE /api/v1/tenants/{TENANT}?purge=true")));
