@@ -92,6 +92,9 @@ pub enum BuildError {
     TooDeep { path: PathBuf },
     #[error("expected the folder {folder} in the project {project}; {hint}", project = project.display())]
     MissingFolder { folder: &'static str, project: PathBuf, hint: &'static str },
+    #[error("expected the folder {folder} to lie in the project, it leads to {target} ({why}); put its files there",
+        target = target.display())]
+    RefusedFolder { folder: String, target: PathBuf, why: LeftOutReason },
     #[error("expected the profile {name:?} as {expected}{why}", expected = expected.display())]
     MissingProfile { name: String, expected: PathBuf, why: String },
     #[error("expected a profile name of letters, digits, `-`, `_` and `.`, got {0:?}")]
