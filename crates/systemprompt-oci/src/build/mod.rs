@@ -109,6 +109,8 @@ pub enum BuildError {
     Secrets(Vec<SecretFinding>),
     #[error("expected at most {max} layers, the plan has {0}", max = Manifest::MAX_LAYERS)]
     TooManyLayers(usize),
+    #[error("the layer cache {path} cannot be used: {why}", path = path.display())]
+    CacheFolder { path: PathBuf, why: String },
     #[error("{what}: {source}")]
     Cache { what: &'static str, source: io::Error },
 }
