@@ -45,7 +45,7 @@ pub struct DeploySpec {
     pub tenant: TenantId,
     /// What the image is made of.
     pub build: BuildSpec,
-    /// Where finished layers are kept.
+    /// Where finished layers are kept, of all projects; never in one, whose files may be a stranger's.
     pub cache_dir: PathBuf,
     /// Whether the image is sent.
     pub push: PushMode,
@@ -190,6 +190,9 @@ impl DeployError {
         match self {
             Self::Build(BuildError::Secrets(_)) => {
                 Some("Move secrets to the environment of the tenant, or allow one file: --allow-secret PATH".to_owned())
+            }
+            Self::Build(BuildError::CacheFolder { .. }) => {
+                Some("Remove it, or set XDG_CACHE_HOME to a folder of yours.".to_owned())
             }
             Self::Build(_) | Self::BuildStopped | Self::Registry(_) => None,
             Self::Push(_) => {

@@ -138,11 +138,6 @@ impl Project {
         if inside && honest { Ok(path) } else { Err(outside()) }
     }
 
-    /// `.systemprompt/cache/layers`: finished layers of images; may be removed at any time.
-    pub fn layer_cache(&self) -> PathBuf {
-        self.state().join("cache").join("layers")
-    }
-
     /// Names of the profiles, sorted.
     pub fn profile_names(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.profiles()).into_iter().flatten().flatten();

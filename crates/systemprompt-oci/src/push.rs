@@ -5,11 +5,17 @@ use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use reqwest::{
     Method, RequestBuilder, Response, StatusCode,
-    header::{CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER},
+    header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderName, LOCATION, RANGE, RETRY_AFTER},
 };
-use std::{fmt, io, path::PathBuf, pin::pin, time::Duration};
+use std::{
+    fmt, io,
+    path::PathBuf,
+    pin::pin,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 use systemprompt_contract::Secret;
-use tokio::sync::mpsc;
+use tokio::{io::AsyncSeekExt, sync::mpsc};
 use tokio_util::io::ReaderStream;
 use url::Url;
 
@@ -21,6 +27,9 @@ const ATTEMPTS: u32 = 5;
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 /// No wait is longer, whatever the registry asks for.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+/// For questions about an upload that was cut off. The registry may still wait for the rest of it on a connection that
+/// died without a word; to begin again is faster then.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(10);
 /// For everything but uploads, which last as long as they last.
 const REQUEST_TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -50,14 +59,15 @@ pub enum PushEvent {
         /// In bytes.
         size: u64,
     },
-    /// A blob begins to be sent, or begins again after a failure.
+    /// A blob begins to be sent, or goes on after a failure: [`PushEvent::Progress`] then counts from zero again, first
+    /// with what the registry has.
     Uploading {
         /// Which blob.
         digest: Digest,
         /// In bytes.
         size: u64,
     },
-    /// Bytes of a blob were handed to the network.
+    /// Bytes of a blob were handed to the network, or found to be there.
     Progress {
         /// Which blob.
         digest: Digest,
@@ -131,8 +141,8 @@ impl RegistryClient {
     }
 
     /// Pushes the image as `repository:tag`: asks for all blobs at once, sends the missing ones from disk, then the
-    /// manifest. Idempotent. Transport errors and 5xx answers are retried with growing waits; a blob is then sent from
-    /// its start. Dropping the future stops the push; what was stored stays and will not be sent again.
+    /// manifest. Idempotent. Transport errors and 5xx answers are retried with growing waits; a blob then goes on where
+    /// it stands in the registry. Dropping the future stops the push; what was stored stays and will not be sent again.
     ///
     /// # Errors
     /// [`PushError`]
@@ -214,7 +224,8 @@ impl Push<'_> {
             (self.progress)(PushEvent::Exists { digest: blob.digest, size: blob.size });
             return Ok(None);
         }
-        retrying(|| self.upload(&blob)).await?;
+        let session = Mutex::new(None);
+        retrying(|| self.upload(&blob, &session)).await?;
         (self.progress)(PushEvent::Uploaded { digest: blob.digest });
         Ok(Some(blob.size))
     }
@@ -224,27 +235,77 @@ impl Push<'_> {
         let response = self.send(self.client.request(Method::HEAD, url).timeout(REQUEST_TIMEOUT)).await?;
         match response.status() {
             StatusCode::NOT_FOUND => Ok(false),
-            status if status.is_success() => Ok(true),
+            // One of another length is damaged there: it is sent again.
+            status if status.is_success() => {
+                Ok(number_in(&response, &CONTENT_LENGTH).is_none_or(|size| size == blob.size))
+            }
             _ => Err(refusal(response).await),
         }
     }
 
-    /// POST for a session, then one PUT with everything: two requests that every registry understands.
-    async fn upload(&self, blob: &Blob) -> Result<(), Failure> {
-        (self.progress)(PushEvent::Uploading { digest: blob.digest, size: blob.size });
+    /// POST for a session, then one PUT with everything: two requests that every registry understands. A session that an
+    /// earlier attempt left in `kept` goes on where it stands, or makes way for a new one.
+    async fn upload(&self, blob: &Blob, kept: &Mutex<Option<Url>>) -> Result<(), Failure> {
+        let earlier = kept.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (session, offset) = match earlier {
+            None => (self.begin().await?, 0),
+            Some(earlier) => match self.stands_at(&earlier, blob.size).await? {
+                Some(stands) => stands,
+                // Perhaps only the answer was lost.
+                None if self.exists(blob).await? => return Ok(()),
+                None => (self.begin().await?, 0),
+            },
+        };
+        *kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.clone());
+        self.finish(blob, session, offset).await
+    }
+
+    async fn begin(&self) -> Result<Url, Failure> {
         let url = self.client.url(&format!("/v2/{}/blobs/uploads/", self.repository));
         let request = self.client.request(Method::POST, url.clone()).header(CONTENT_LENGTH, 0);
         let response = accepted(self.send(request.timeout(REQUEST_TIMEOUT)).await?, StatusCode::ACCEPTED).await?;
-        let mut target = upload_location(&url, &response)?;
-        target.query_pairs_mut().append_pair("digest", &blob.digest.to_string());
+        Ok(upload_location(&url, &response)?)
+    }
+
+    /// Where an upload goes on, and behind how many bytes; none when it cannot, which the registry is then told.
+    async fn stands_at(&self, session: &Url, size: u64) -> Result<Option<(Url, u64)>, PushError> {
+        let ask = |method| self.send(self.client.request(method, session.clone()).timeout(RESUME_TIMEOUT));
+        match ask(Method::GET).await {
+            Ok(response) if response.status() == StatusCode::NOT_FOUND => return Ok(None),
+            Ok(response) if response.status().is_success() => {
+                if let Some(offset) = offset_in(&response).filter(|&offset| offset <= size) {
+                    let session = upload_location(session, &response).unwrap_or_else(|_| session.clone());
+                    return Ok(Some((session, offset)));
+                }
+            }
+            // The registry itself is away: the session may well be there when it is back.
+            Err(PushError::Transport { registry, source }) if source.is_connect() => {
+                return Err(PushError::Transport { registry, source });
+            }
+            Ok(_) | Err(_) => {}
+        }
+        let _ = ask(Method::DELETE).await; // else it ends by itself
+        Ok(None)
+    }
+
+    /// One PUT with all from `offset` on.
+    async fn finish(&self, blob: &Blob, mut session: Url, offset: u64) -> Result<(), Failure> {
+        session.query_pairs_mut().append_pair("digest", &blob.digest.to_string());
         let (report, mut reports) = mpsc::unbounded_channel();
-        let request = self
+        let mut request = self
             .client
-            .request(Method::PUT, target)
+            .request(Method::PUT, session)
             .header(CONTENT_TYPE, "application/octet-stream")
-            .header(CONTENT_LENGTH, blob.size)
-            .body(body_of(blob, report).await?);
-        let mut exchange = pin!(self.send(request));
+            .header(CONTENT_LENGTH, blob.size - offset);
+        (self.progress)(PushEvent::Uploading { digest: blob.digest, size: blob.size });
+        if offset > 0 {
+            (self.progress)(PushEvent::Progress { digest: blob.digest, bytes: offset });
+            // A range of nothing cannot be said.
+            if offset < blob.size {
+                request = request.header(CONTENT_RANGE, format!("{offset}-{}", blob.size - 1));
+            }
+        }
+        let mut exchange = pin!(self.send(request.body(body_of(blob, offset, report).await?)));
         let response = loop {
             tokio::select! {
                 response = &mut exchange => break response?,
@@ -287,13 +348,16 @@ impl Push<'_> {
     }
 }
 
-/// The blob's bytes, read from disk as the network takes them; reports how many were taken.
-async fn body_of(blob: &Blob, report: mpsc::UnboundedSender<u64>) -> Result<reqwest::Body, PushError> {
+/// The blob's bytes from `offset` on, read from disk as the network takes them; reports how many were taken.
+async fn body_of(blob: &Blob, offset: u64, report: mpsc::UnboundedSender<u64>) -> Result<reqwest::Body, PushError> {
     match &blob.content {
-        Content::Memory(bytes) => Ok(bytes.clone().into()),
+        Content::Memory(bytes) => {
+            Ok(bytes.slice(usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len())..).into())
+        }
         Content::File(path) => {
             let read = |source| PushError::Read { path: path.clone(), source };
-            let file = tokio::fs::File::open(path).await.map_err(read)?;
+            let mut file = tokio::fs::File::open(path).await.map_err(read)?;
+            file.seek(io::SeekFrom::Start(offset)).await.map_err(read)?;
             let stream = ReaderStream::with_capacity(file, READ_BUFFER).inspect_ok(move |chunk| {
                 let _ = report.send(chunk.len() as u64); // nobody listens any more: the push was dropped
             });
@@ -343,11 +407,7 @@ async fn accepted(response: Response, expected: StatusCode) -> Result<Response, 
 
 async fn refusal(response: Response) -> Failure {
     let status = response.status();
-    let retry_after = response
-        .headers()
-        .get(RETRY_AFTER)
-        .and_then(|value| value.to_str().ok()?.parse().ok())
-        .map(Duration::from_secs);
+    let retry_after = number_in(&response, &RETRY_AFTER).map(Duration::from_secs);
     let message = error_message(response).await;
     let error = match status {
         StatusCode::UNAUTHORIZED => PushError::Unauthorized,
@@ -386,6 +446,17 @@ async fn error_message(mut response: Response) -> String {
         }
         _ => String::from_utf8_lossy(&body).chars().take(300).collect(),
     }
+}
+
+fn number_in(response: &Response, header: &HeaderName) -> Option<u64> {
+    response.headers().get(header)?.to_str().ok()?.parse().ok()
+}
+
+/// Behind `Range: 0-LAST`. `0-0` may mean one byte or none, so it says nothing.
+fn offset_in(response: &Response) -> Option<u64> {
+    let range = response.headers().get(RANGE)?.to_str().ok()?;
+    let last: u64 = range.trim_start_matches("bytes=").strip_prefix("0-")?.parse().ok()?;
+    (last > 0).then_some(last + 1)
 }
 
 fn upload_location(asked: &Url, response: &Response) -> Result<Url, PushError> {

@@ -37,7 +37,12 @@ pub(crate) fn walk(reader: &mut impl Read) -> Result<u64, WalkError> {
         let size = header.size()?;
         match header.kind() {
             b'L' | b'K' | b'x' => pending.take(header.kind(), &read_record(reader, size)?)?,
-            b'g' => drop(Extensions::parse_pax(&read_record(reader, size)?)?),
+            // Some readers hold a global record against every later entry, some drop it.
+            b'g' => {
+                if Extensions::parse_pax(&read_record(reader, size)?)?.says_where_or_how_long() {
+                    return Err(malformed("a global PAX record that names or measures entries"));
+                }
+            }
             b'S' => return Err(malformed("a sparse file")),
             _ => {
                 entries += 1;
@@ -85,6 +90,8 @@ impl Header<'_> {
 struct Extensions {
     names: Vec<Vec<u8>>,
     size: Option<u64>,
+    /// A PAX `linkpath` was there.
+    leads: bool,
 }
 
 impl Extensions {
@@ -118,6 +125,8 @@ impl Extensions {
                 found.names.push(value.to_vec());
             } else if key == b"size" {
                 found.size = Some(decimal(value).ok_or_else(|| malformed("a PAX size that is no number"))?);
+            } else if key == b"linkpath" {
+                found.leads = true;
             } else if key.starts_with(b"GNU.sparse") {
                 return Err(malformed("a sparse file"));
             }
@@ -125,13 +134,17 @@ impl Extensions {
         Ok(found)
     }
 
+    fn says_where_or_how_long(&self) -> bool {
+        !self.names.is_empty() || self.size.is_some() || self.leads
+    }
+
     fn check_against(self, header: &Header<'_>, size: u64) -> Result<(), WalkError> {
         if self.size.is_some_and(|stated| stated != size) {
             return Err(malformed("an entry whose size is stated twice and differently"));
         }
         for name in self.names.into_iter().chain(header.names()) {
-            let last = name.split(|&byte| byte == b'/').rfind(|part| !part.is_empty()).unwrap_or_default();
-            if is_never_in_an_image(last) {
+            // Every part: `secrets.json/.` is the file too, and what lies below such a name is no better.
+            if name.split(|&byte| byte == b'/').any(is_never_in_an_image) {
                 let shown: String = String::from_utf8_lossy(&name).chars().take(300).collect();
                 return Err(WalkError::Forbidden(Forbidden(shown.trim_start_matches('/').to_owned())));
             }
@@ -253,6 +266,8 @@ mod tests {
             archive(&[(b'L', "././@LongLink", b"a/tenants.json\0"), (b'0', "harmless", b"x")]),
             archive(&[(b'0', "credentials.json", b"x")]),
             archive(&[(b'2', "etc/secrets.json", b"")]),
+            archive(&[(b'L', "././@LongLink", b"a/secrets.json/.\0"), (b'0', "harmless", b"x")]),
+            archive(&[(b'0', "secrets.json/below", b"x")]),
             // The name a reader sees that does not know the PAX record.
             archive(&[(b'x', "pax", pax_line("path", "ok").as_bytes()), (b'0', "secrets.json", b"x")]),
         ] {
@@ -268,9 +283,15 @@ mod tests {
             archive(&[(b'x', "pax", b"99 path=x\n"), (b'0', "file", b"x")]),
             archive(&[(b'S', "sparse", b"x")]),
             archive(&[(b'x', "pax", pax_line("GNU.sparse.size", "1").as_bytes()), (b'0', "file", b"x")]),
+            archive(&[(b'g', "pax", pax_line("path", "elsewhere").as_bytes()), (b'0', "file", b"x")]),
+            archive(&[(b'g', "pax", pax_line("size", "1").as_bytes()), (b'0', "file", b"x")]),
+            archive(&[(b'g', "pax", pax_line("linkpath", "/etc").as_bytes()), (b'2', "link", b"")]),
         ] {
             assert!(matches!(walk_bytes(&ambiguous), Err(WalkError::Malformed(_))));
         }
+        let comment = pax_line("comment", "as `git archive` writes it");
+        let harmless = archive(&[(b'g', "pax", comment.as_bytes()), (b'0', "file", b"x")]);
+        assert_eq!(walk_bytes(&harmless).expect("says nothing of entries"), 1);
         let same_size = pax_line("size", "1");
         let agreeing = archive(&[(b'x', "pax", same_size.as_bytes()), (b'0', "file", b"x")]);
         assert_eq!(walk_bytes(&agreeing).expect("agrees"), 1);

@@ -54,6 +54,18 @@ impl Settings {
     }
 }
 
+/// Where finished layers are kept, of all projects; may be removed at any time. In no project: one that was
+/// fetched from somebody could bring layers of its own along.
+pub(crate) fn layer_cache() -> Result<PathBuf, CliError> {
+    let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let caches = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
+    caches.map(|caches| caches.join("systemprompt/layers")).ok_or_else(|| {
+        let message =
+            "expected XDG_CACHE_HOME or HOME to name a folder (absolute) to keep finished layers in, got neither";
+        CliError::new("no_cache_folder", message).hint("Set XDG_CACHE_HOME to a folder of yours.")
+    })
+}
+
 /// Whether `SYSTEMPROMPT_OUTPUT_FORMAT` asks for JSON, as programs that run this one set it.
 pub(crate) fn env_wants_json() -> bool {
     env("SYSTEMPROMPT_OUTPUT_FORMAT").is_some_and(|format| format.eq_ignore_ascii_case("json"))

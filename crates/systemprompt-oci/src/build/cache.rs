@@ -6,9 +6,12 @@
 //! DIR/blobs/HEX      the compressed layer
 //! ```
 //!
-//! Nothing in it is trusted: `files` and `layers/KEY` carry a checksum of their own, and a blob is digested each time
-//! it is used (25 ms for the whole example). What does not fit is made again. Files younger than two seconds when read
-//! are not remembered: they could change once more without their time stamps showing it.
+//! Who can write in it decides what goes into images and which files were found free of secrets. So it must be its
+//! user's own and closed to others, and never lie in a project, which may come from a stranger.
+//!
+//! Against accidents `files` and `layers/KEY` carry a checksum of their own, and a blob is digested each time it is used
+//! (25 ms for the whole example). What does not fit is made again. Files younger than two seconds when read are not
+//! remembered: they could change once more without their time stamps showing it.
 
 use super::{
     BuildError,
@@ -20,9 +23,10 @@ use crate::{Descriptor, Digest, Digester, StoredLayer, media_type};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
     collections::HashMap,
-    fs::{self, File, Metadata},
+    ffi::OsStr,
+    fs::{self, DirBuilder, File, Metadata, Permissions},
     io::{self, Read, Write},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     time::{Duration, SystemTime},
@@ -31,6 +35,8 @@ use std::{
 const FILES: &str = "files";
 const LAYERS: &str = "layers";
 const BLOBS: &str = "blobs";
+/// How names of files begin that are not finished yet.
+const TEMPORARY: &str = ".tmp-";
 /// How long a file's time stamps must have stood still before they prove anything.
 const SETTLED: Duration = Duration::from_secs(2);
 /// Layers and file records not used for so long are dropped.
@@ -95,15 +101,15 @@ struct LayerRecord {
 }
 
 impl LayerCache {
-    /// Opens the cache in `dir`, making the folder if needed. A damaged cache is an empty one.
+    /// Opens the cache in `dir`, making the folder if needed and closing it to everybody else. A damaged cache is an
+    /// empty one.
     ///
     /// # Errors
-    /// When the folder cannot be made.
+    /// When the folder cannot be made, is a link, or belongs to somebody else.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, BuildError> {
         let dir = dir.into();
-        for folder in [LAYERS, BLOBS] {
-            fs::create_dir_all(dir.join(folder))
-                .map_err(|source| BuildError::Cache { what: "making the cache folder", source })?;
+        for folder in [dir.clone(), dir.join(LAYERS), dir.join(BLOBS)] {
+            own_folder(&folder)?;
         }
         let files: Vec<(PathBuf, FileRecord)> = read_checked(&dir.join(FILES)).unwrap_or_default();
         Ok(Self { dir, files: Mutex::new(files.into_iter().collect()) })
@@ -154,7 +160,7 @@ impl LayerCache {
             return Ok((stored, true));
         }
         let cache = |source| BuildError::Cache { what: "storing a layer", source };
-        let mut blob = tempfile::NamedTempFile::new_in(self.dir.join(BLOBS)).map_err(cache)?;
+        let mut blob = temporary_file(&self.dir.join(BLOBS)).map_err(cache)?;
         let out = io::BufWriter::with_capacity(1 << 17, blob.as_file_mut());
         let WrittenLayer { digest, diff_id, size } = archive::write_layer(layer, files, out)?;
         let path = self.blob_path(digest);
@@ -195,6 +201,28 @@ impl LayerCache {
     }
 }
 
+fn own_folder(path: &Path) -> Result<(), BuildError> {
+    let refused = |why: String| BuildError::CacheFolder { path: path.to_owned(), why };
+    let failed = |error: io::Error| refused(error.to_string());
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+    let metadata = fs::symlink_metadata(path).map_err(failed)?;
+    if !metadata.is_dir() {
+        return Err(refused("it is a link".to_owned()));
+    }
+    let (owner, you) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    if owner != you {
+        return Err(refused(format!("it belongs to user {owner}, not to you (user {you})")));
+    }
+    if metadata.mode() & 0o077 != 0 {
+        fs::set_permissions(path, Permissions::from_mode(0o700)).map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn temporary_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
+    tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder)
+}
+
 fn stored_layer(digest: Digest, diff_id: Digest, size: u64, path: PathBuf) -> StoredLayer {
     StoredLayer { descriptor: Descriptor::new(media_type::OCI_LAYER_GZIP, digest, size), diff_id, path }
 }
@@ -232,7 +260,7 @@ fn read_checked<T: DeserializeOwned>(path: &Path) -> Option<T> {
 fn write_checked(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let body = serde_json::to_vec(value)?;
     let dir = path.parent().expect("all paths of the cache lie in its folder");
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    let mut file = temporary_file(dir)?;
     file.write_all(format!("{}\n", Digest::of(&body)).as_bytes())?;
     file.write_all(&body)?;
     file.persist(path)?;
@@ -245,15 +273,21 @@ fn touch(path: &Path) {
     }
 }
 
+/// Removes what has a name of the cache's own; what else somebody may keep there is not ours.
 fn remove_unused(folder: &Path, now: SystemTime) {
     let Ok(entries) = fs::read_dir(folder) else { return };
-    for entry in entries.flatten() {
+    for entry in entries.flatten().filter(|entry| is_name_of_ours(&entry.file_name())) {
         let age =
             entry.metadata().and_then(|metadata| metadata.modified()).map(|modified| now.duration_since(modified));
         if matches!(age, Ok(Ok(age)) if age > KEEP_UNUSED) {
             let _ = fs::remove_file(entry.path()); // another build may have been faster
         }
     }
+}
+
+fn is_name_of_ours(name: &OsStr) -> bool {
+    let is_digest = |name: &str| name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    name.to_str().is_some_and(|name| name.starts_with(TEMPORARY) || is_digest(name))
 }
 
 const SECONDS_PER_DAY: u64 = 24 * 60 * 60;
@@ -321,5 +355,55 @@ mod tests {
         *bytes.last_mut().expect("not empty") ^= 1;
         fs::write(dir.path().join(FILES), bytes).expect("write");
         assert!(LayerCache::open(dir.path()).expect("cache").lock().is_empty());
+    }
+    #[test]
+    fn only_old_files_of_its_own_are_removed() {
+        let dir = tempfile::tempdir().expect("dir");
+        let cache = LayerCache::open(dir.path()).expect("cache");
+        let (old, new) = ("0f".repeat(32), "1e".repeat(32));
+        let long_ago = SystemTime::now() - 2 * KEEP_UNUSED;
+        for folder in [LAYERS, BLOBS] {
+            for name in [&old, &new, ".tmp-abc", "diary.txt", &old[1..]] {
+                let file = File::create(dir.path().join(folder).join(name)).expect("file");
+                file.set_modified(if *name == new { SystemTime::now() } else { long_ago }).expect("time");
+            }
+            cache.save();
+            let left = fs::read_dir(dir.path().join(folder)).expect("folder");
+            let mut left: Vec<_> = left.map(|entry| entry.expect("entry").file_name()).collect();
+            left.sort();
+            assert_eq!(left, [&new, "diary.txt", &old[1..]], "{folder}");
+        }
+    }
+
+    #[test]
+    fn a_folder_that_others_may_decide_about_is_refused_or_closed() {
+        let dir = tempfile::tempdir().expect("dir");
+        let why = |path: &Path| LayerCache::open(path).expect_err("refused").to_string();
+        let victim = dir.path().join("victim");
+        fs::create_dir(&victim).expect("folder");
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&victim, &link).expect("link");
+        assert!(why(&link).contains("it is a link"), "{}", why(&link));
+        let cache = dir.path().join("cache");
+        fs::create_dir(&cache).expect("folder");
+        std::os::unix::fs::symlink(&victim, cache.join(BLOBS)).expect("link");
+        assert!(why(&cache).contains("it is a link"), "{}", why(&cache));
+
+        // Root owns everything it makes and may give it away; everybody else finds something of root's.
+        let foreign = if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&victim, Some(65534), None).expect("given away");
+            victim
+        } else {
+            PathBuf::from("/usr")
+        };
+        assert!(why(&foreign).contains("belongs to user"), "{}", why(&foreign));
+
+        let open = dir.path().join("open");
+        fs::create_dir(&open).expect("folder");
+        fs::set_permissions(&open, Permissions::from_mode(0o777)).expect("mode");
+        LayerCache::open(&open).expect("ours");
+        for folder in [open.clone(), open.join(BLOBS), open.join(LAYERS)] {
+            assert_eq!(fs::metadata(&folder).expect("there").mode() & 0o777, 0o700, "{}", folder.display());
+        }
     }
 }

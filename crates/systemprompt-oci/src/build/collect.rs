@@ -15,6 +15,8 @@ use std::{
 
 /// Deeper folders are a loop of mounts or an accident.
 const MAX_DEPTH: usize = 64;
+/// Credentials, tenants and other state of the project; of it only the profiles go in.
+const STATE_DIR: &str = ".systemprompt";
 
 /// The project while it is walked.
 pub(crate) struct Project<'a> {
@@ -51,15 +53,14 @@ impl<'a> Project<'a> {
     /// All files below `folder` (relative to the project), to lie below `image_folder`. In the order of their paths.
     pub(crate) fn files(&mut self, folder: &str, image_folder: &str) -> Result<Vec<Found>, BuildError> {
         let mut found = Vec::new();
-        let mut folders = vec![(PathBuf::from(folder), String::new(), 0)];
-        while let Some((relative, below, depth)) = folders.pop() {
-            let path = self.root.join(&relative);
+        let mut folders = vec![(self.real_folder(folder)?, PathBuf::from(folder), String::new(), 0)];
+        while let Some((path, relative, below, depth)) = folders.pop() {
             for child in sorted_children(&path)? {
                 let shown = relative.join(child.file_name());
                 match self.judge(&child, &shown)? {
                     Judged::LeftOut(why) => self.left_out.push(LeftOut { path: shown, why }),
                     Judged::Folder(name) if depth < MAX_DEPTH => {
-                        folders.push((shown, join(&below, &name), depth + 1));
+                        folders.push((child.path(), shown, join(&below, &name), depth + 1));
                     }
                     Judged::Folder(_) => return Err(BuildError::TooDeep { path: shown }),
                     Judged::File { name, path, size, mode } => {
@@ -73,6 +74,23 @@ impl<'a> Project<'a> {
         }
         found.sort_by(|a, b| a.below.cmp(&b.below));
         Ok(found)
+    }
+
+    /// Where the folder really lies, which a link on the way may decide: below the project, and not where nothing may
+    /// be taken from.
+    fn real_folder(&self, folder: &str) -> Result<PathBuf, BuildError> {
+        let named = self.root.join(folder);
+        let target = fs::canonicalize(&named).map_err(|source| BuildError::Read { path: named, source })?;
+        let why = match target.strip_prefix(&self.root) {
+            Ok(inside) if !inside.as_os_str().is_empty() => {
+                refused_part(inside, Path::new(folder) == self.spec.profiles_dir)
+            }
+            _ => Some(LeftOutReason::LinkOutside),
+        };
+        match why {
+            Some(why) => Err(BuildError::RefusedFolder { folder: folder.to_owned(), target, why }),
+            None => Ok(target),
+        }
     }
 
     /// A single file that must be there, from inside or outside of the project.
@@ -100,8 +118,7 @@ impl<'a> Project<'a> {
         if let Some(why) = refused_name(&name) {
             return Ok(Judged::LeftOut(why));
         }
-        let excluded = shown.to_str().and_then(|path| self.ignore.excluded_by(path));
-        if let Some(line) = excluded
+        if let Some(line) = self.excluded_by(shown, &child.path())
             && !(kind.is_dir() && self.ignore.has_exceptions())
         {
             return Ok(Judged::LeftOut(LeftOutReason::Ignored { line }));
@@ -110,7 +127,7 @@ impl<'a> Project<'a> {
             return Ok(Judged::Folder(name));
         }
         if kind.is_symlink() {
-            return Ok(self.judge_link(child, name));
+            return Ok(self.judge_link(child, shown, name));
         }
         if !kind.is_file() {
             return Ok(Judged::LeftOut(LeftOutReason::SpecialFile));
@@ -119,15 +136,24 @@ impl<'a> Project<'a> {
         Ok(Judged::File { name, path: child.path(), size: metadata.len(), mode: mode_of(&metadata) })
     }
 
+    /// The line of `.dockerignore` that leaves a file out by the name it is known by or by where it really lies.
+    fn excluded_by(&self, shown: &Path, real: &Path) -> Option<usize> {
+        let inside = real.strip_prefix(&self.root).ok().filter(|inside| *inside != shown);
+        [Some(shown), inside].into_iter().flatten().find_map(|path| self.ignore.excluded_by(path.to_str()?))
+    }
+
     /// A link to a file inside the project becomes that file, unless the file itself must stay out.
-    fn judge_link(&self, child: &DirEntry, name: String) -> Judged {
+    fn judge_link(&self, child: &DirEntry, shown: &Path, name: String) -> Judged {
         let target = fs::canonicalize(child.path()).and_then(|path| Ok((fs::metadata(&path)?, path)));
         let Ok((metadata, path)) = target else { return Judged::LeftOut(LeftOutReason::LinkOutside) };
         let Ok(inside) = path.strip_prefix(&self.root) else { return Judged::LeftOut(LeftOutReason::LinkOutside) };
-        for part in inside {
-            if let Some(why) = part.to_str().and_then(refused_name) {
-                return Judged::LeftOut(why);
-            }
+        // Profiles may share one file; anything else of the state stays out, whatever a link calls it.
+        let is_profile = inside.ends_with("profile.yaml") || inside.ends_with("profile.yml");
+        if let Some(why) = refused_part(inside, is_profile && shown.starts_with(&self.spec.profiles_dir)) {
+            return Judged::LeftOut(why);
+        }
+        if let Some(line) = self.excluded_by(shown, &path) {
+            return Judged::LeftOut(LeftOutReason::Ignored { line });
         }
         if metadata.is_dir() {
             return Judged::LeftOut(LeftOutReason::LinkToDirectory);
@@ -145,14 +171,22 @@ enum Judged {
     File { name: String, path: PathBuf, size: u64, mode: u32 },
 }
 
+/// Why a path inside the project must stay out because of a name in it; profiles lie in the state and may go in.
+fn refused_part(inside: &Path, of_profiles: bool) -> Option<LeftOutReason> {
+    let checked = inside.strip_prefix(STATE_DIR).ok().filter(|_| of_profiles).unwrap_or(inside);
+    checked.iter().find_map(|part| part.to_str().and_then(refused_name))
+}
+
 fn refused_name(name: &str) -> Option<LeftOutReason> {
     let lower = name.to_ascii_lowercase();
     if is_never_in_an_image(name.as_bytes()) {
         Some(LeftOutReason::Credentials)
-    } else if lower.starts_with(".env") {
+    } else if lower == ".env" || lower == ".envrc" || lower.starts_with(".env.") {
         Some(LeftOutReason::EnvironmentFile)
     } else if lower == ".git" {
         Some(LeftOutReason::GitData)
+    } else if lower == STATE_DIR {
+        Some(LeftOutReason::State)
     } else if name.starts_with(".wh.") {
         Some(LeftOutReason::WhiteoutName)
     } else {

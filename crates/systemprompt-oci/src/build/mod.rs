@@ -92,6 +92,9 @@ pub enum BuildError {
     TooDeep { path: PathBuf },
     #[error("expected the folder {folder} in the project {project}; {hint}", project = project.display())]
     MissingFolder { folder: &'static str, project: PathBuf, hint: &'static str },
+    #[error("expected the folder {folder} to lie in the project, it leads to {target} ({why}); put its files there",
+        target = target.display())]
+    RefusedFolder { folder: String, target: PathBuf, why: LeftOutReason },
     #[error("expected the profile {name:?} as {expected}{why}", expected = expected.display())]
     MissingProfile { name: String, expected: PathBuf, why: String },
     #[error("expected a profile name of letters, digits, `-`, `_` and `.`, got {0:?}")]
@@ -106,6 +109,8 @@ pub enum BuildError {
     Secrets(Vec<SecretFinding>),
     #[error("expected at most {max} layers, the plan has {0}", max = Manifest::MAX_LAYERS)]
     TooManyLayers(usize),
+    #[error("the layer cache {path} cannot be used: {why}", path = path.display())]
+    CacheFolder { path: PathBuf, why: String },
     #[error("{what}: {source}")]
     Cache { what: &'static str, source: io::Error },
 }

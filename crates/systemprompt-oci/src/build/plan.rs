@@ -107,10 +107,12 @@ pub struct LeftOut {
 pub enum LeftOutReason {
     /// `credentials.json`, `tenants.json`, `secrets.json`.
     Credentials,
-    /// `.env` and `.env.*`.
+    /// `.env`, `.env.*` and `.envrc`.
     EnvironmentFile,
     /// `.git`.
     GitData,
+    /// `.systemprompt`.
+    State,
     /// A line of `.dockerignore`.
     Ignored {
         /// Counted from 1.
@@ -136,6 +138,7 @@ impl fmt::Display for LeftOutReason {
             Self::Credentials => f.write_str("holds credentials"),
             Self::EnvironmentFile => f.write_str("environment file"),
             Self::GitData => f.write_str("version control data"),
+            Self::State => f.write_str("private state of the project"),
             Self::Ignored { line } => write!(f, "line {line} of .dockerignore"),
             Self::LinkOutside => f.write_str("link out of the project"),
             Self::LinkToDirectory => f.write_str("link to a folder"),

@@ -14,7 +14,7 @@ use std::{
 use systemprompt_contract::token;
 
 /// Raised whenever a rule changes, so that cached verdicts of older rules are not trusted.
-pub(crate) const RULES_VERSION: u32 = 1;
+pub(crate) const RULES_VERSION: u32 = 2;
 
 /// What kind of secret was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -66,13 +66,19 @@ impl fmt::Display for SecretFinding {
 /// No token is longer; a longer run of token letters is some other data.
 const MAX_TOKEN: usize = 2048;
 const WINDOW: usize = 1 << 18;
+/// 256 bits (random, or a MAC) in 43 characters, and the checksum: how every token of ours ends.
+const LAST_PART: usize = 43 + 6;
+/// Longest escape that is looked for before a token: `\u003d`.
+const MAX_ESCAPE: usize = 6;
 /// Findings beyond it say nothing new.
 const MAX_FINDINGS: usize = 20;
 
 /// Line and kind of each secret in what `reader` gives; `also` sees every byte once (for the digest).
 pub(crate) fn scan(reader: &mut impl Read, mut also: impl FnMut(&[u8])) -> io::Result<Vec<(usize, SecretKind)>> {
     let mut window = Vec::with_capacity(WINDOW + MAX_TOKEN);
-    let mut state = State { findings: Vec::new(), lines: 0, before: None };
+    let mut state = State { findings: Vec::new(), lines: 0 };
+    // So much of the window was decided before and is kept to see what stands before the rest.
+    let mut known = 0;
     loop {
         let kept = window.len();
         let read = reader.by_ref().take((WINDOW - MAX_TOKEN) as u64).read_to_end(&mut window)?;
@@ -80,33 +86,35 @@ pub(crate) fn scan(reader: &mut impl Read, mut also: impl FnMut(&[u8])) -> io::R
         let last = read == 0;
         // A token that starts near the end may go on in the next window: it is looked at there.
         let decided = if last { window.len() } else { window.len().saturating_sub(MAX_TOKEN) };
-        state.scan_window(&window, decided);
+        state.scan_window(&window, known, decided);
         if last {
             return Ok(state.findings);
         }
-        state.before = window[..decided].last().copied().or(state.before);
-        window.drain(..decided);
+        known = decided.min(MAX_ESCAPE);
+        window.drain(..decided - known);
     }
 }
 
 struct State {
     findings: Vec<(usize, SecretKind)>,
-    /// Line ends before the window.
+    /// Line ends in all that is decided.
     lines: usize,
-    /// The byte before the window.
-    before: Option<u8>,
 }
 
 impl State {
-    fn scan_window(&mut self, window: &[u8], decided: usize) {
+    /// Looks at the secrets that start in `known..decided`.
+    fn scan_window(&mut self, window: &[u8], known: usize, decided: usize) {
         for (start, rule) in prefixes().find_all(window) {
             if start >= decided || self.findings.len() >= MAX_FINDINGS {
                 break;
             }
-            let before = if start == 0 { self.before } else { Some(window[start - 1]) };
-            // `task-…` is no `sk-…`: a token starts where no word goes on. Ours has a checksum and needs no such help,
-            // so an escape or a name before it hides nothing.
-            if before.is_some_and(is_word)
+            if start < known {
+                continue;
+            }
+            let before = start.checked_sub(1).map(|at| window[at]);
+            // `task-…` is no `sk-…`: a token starts where no word goes on, but `_` joins names to it (`TOKEN_ghp_…`).
+            // Ours has a checksum and needs no such help, so nothing before it hides it.
+            if before.is_some_and(|byte| byte.is_ascii_alphanumeric())
                 && !matches!(rule, Rule::PrivateKey | Rule::Ours)
                 && !after_escape(window, start)
             {
@@ -114,21 +122,21 @@ impl State {
             }
             let end = window.len().min(start + MAX_TOKEN);
             if let Some(kind) = rule.whole_secret(&window[start..end]) {
-                self.findings.push((self.lines + line_ends(&window[..start]) + 1, kind));
+                self.findings.push((self.lines + line_ends(&window[known..start]) + 1, kind));
             }
         }
-        self.lines += line_ends(&window[..decided]);
+        self.lines += line_ends(&window[known..decided]);
     }
 }
 
-/// Behind `\\n`, `\\r`, `\\t` or `%3D`: the word character belongs to an escape and not to the text.
+/// Behind `\n`, `\r`, `\t`, `\x3d`, `\u003d` or `%3D`: the word character belongs to an escape and not to the text.
 fn after_escape(window: &[u8], start: usize) -> bool {
-    let before = &window[start.saturating_sub(3)..start];
-    match before {
-        [.., b'\\', b'n' | b'r' | b't'] => true,
-        [b'%', high, low] => high.is_ascii_hexdigit() && low.is_ascii_hexdigit(),
-        _ => false,
-    }
+    let before = &window[start.saturating_sub(MAX_ESCAPE)..start];
+    let coded = |opening: &[u8], digits: usize| {
+        let at = before.len().saturating_sub(digits);
+        before[..at].ends_with(opening) && before[at..].iter().all(u8::is_ascii_hexdigit)
+    };
+    matches!(before, [.., b'\\', b'n' | b'r' | b't']) || coded(b"%", 2) || coded(br"\x", 2) || coded(br"\u", 4)
 }
 
 fn line_ends(bytes: &[u8]) -> usize {
@@ -236,15 +244,28 @@ impl Rule {
     }
 }
 
-/// By checksum: at the end of the run of token letters, or where a token of random text would end.
+/// By checksum: at the end of the run of token letters, or where the last part of such a token ends, since a file's
+/// ending or any other text may go on behind it.
 fn is_whole_token_of_ours(text: &[u8]) -> bool {
     let run = run_after(text, b"", |byte| is_word_or_dash(byte) || byte == b'.');
     let Ok(run) = std::str::from_utf8(run) else { return false };
     let trimmed = run.trim_end_matches(['.', '-', '_']);
-    let random = token::PREFIXES.iter().find(|prefix| run.starts_with(**prefix)).map_or(0, |prefix| prefix.len() + 49);
-    [run, trimmed, run.get(..random).unwrap_or_default()]
-        .into_iter()
-        .any(|candidate| token::verify_checksum(candidate).is_some())
+    let cut = last_part_of_ours(run).and_then(|start| run.get(..start + LAST_PART)).unwrap_or_default();
+    [run, trimmed, cut].into_iter().any(|candidate| token::verify_checksum(candidate).is_some())
+}
+
+/// Where the last part of a token of ours begins: behind the prefix, or behind as many dots as its kind has.
+fn last_part_of_ours(run: &str) -> Option<usize> {
+    let prefix = token::PREFIXES.iter().find(|prefix| run.starts_with(**prefix))?;
+    let dots = match *prefix {
+        token::API_PREFIX => 2,
+        token::REGISTRY_PREFIX => 1,
+        _ => 0,
+    };
+    match dots {
+        0 => Some(prefix.len()),
+        dots => run.match_indices('.').nth(dots - 1).map(|(at, _)| at + 1),
+    }
 }
 
 /// A header, a line end (also one escaped in JSON), and the start of a body.
@@ -319,12 +340,22 @@ mod tests {
     fn whole_secrets_are_found() {
         let ours = token::new_api_token(1_900_000_000).expose().to_owned();
         let sync = token::new_random_token(token::SYNC_PREFIX).expose().to_owned();
+        let registry = format!("{}{}.{}", token::REGISTRY_PREFIX, letters(90), token::random_text());
+        let registry = token::with_checksum(registry).expose().to_owned();
         for (text, kind) in [
             (format!("token: {ours}\n"), SecretKind::SystemPromptToken),
             (format!("It is {ours}."), SecretKind::SystemPromptToken),
             (format!("\"{sync}\""), SecretKind::SystemPromptToken),
             (format!("{sync}-and-more"), SecretKind::SystemPromptToken),
+            (format!("backup_{ours}.json"), SecretKind::SystemPromptToken),
+            (format!("{ours}-old"), SecretKind::SystemPromptToken),
+            (format!("see {registry}.html"), SecretKind::SystemPromptToken),
+            (format!("{registry}_"), SecretKind::SystemPromptToken),
             (format!("KEY=sk-ant-api03-{}", letters(95)), SecretKind::AnthropicKey),
+            (format!(r#"{{"a":"\u003dsk-ant-api03-{}"}}"#, letters(95)), SecretKind::AnthropicKey),
+            (format!(r#""\x22sk-ant-api03-{}""#, letters(95)), SecretKind::AnthropicKey),
+            (format!("a%3Dsk-ant-api03-{}", letters(95)), SecretKind::AnthropicKey),
+            (format!("TOKEN_ghp_{}", letters(36)), SecretKind::GitHubToken),
             (format!("sk-proj-{}", letters(74)), SecretKind::OpenAiKey),
             (format!("'sk-{}'", letters(48)), SecretKind::OpenAiKey),
             (format!("AIza{}", letters(35)), SecretKind::GoogleApiKey),
@@ -347,6 +378,9 @@ mod tests {
             format!("sk-ant-{}", "x".repeat(100)),
             "OPENAI_API_KEY=sk-...".to_owned(),
             format!("task-{}", letters(48)),
+            format!("u003dsk-{}", letters(48)),
+            format!("x22sk-{}", letters(48)),
+            format!("TOKEN_ghp_{}", letters(60)),
             format!("sk-{}", letters(60)),
             "AIza".to_owned(),
             format!("AIza{}", letters(60)),
@@ -373,6 +407,17 @@ mod tests {
             text += &"\ncd".repeat(WINDOW);
             let found = scan(&mut text.as_bytes(), |_| {}).expect("memory");
             assert_eq!(found, [(line, SecretKind::AnthropicKey)], "{distance} before the border");
+        }
+    }
+
+    #[test]
+    fn an_escape_before_the_border_is_remembered() {
+        let border = WINDOW - 2 * MAX_TOKEN;
+        for start in border - 8..border + 8 {
+            let text = format!("{}\n\\u003dsk-ant-api03-{}", "-".repeat(start - 7), letters(95));
+            let text = text + &"\n".repeat(WINDOW);
+            let found = scan(&mut text.as_bytes(), |_| {}).expect("memory");
+            assert_eq!(found, [(2, SecretKind::AnthropicKey)], "starts at {start}");
         }
     }
 

@@ -22,17 +22,21 @@ fn files_that_carry_credentials_never_go_in() {
         project.write(path, "{}");
         assert_eq!(reason(&project, path), Some(LeftOutReason::Credentials), "{path}");
     }
-    for path in ["services/.env", "web/dist/.env.local"] {
+    for path in ["services/.env", "web/dist/.env.local", "services/.envrc"] {
         project.write(path, "A=B");
         assert_eq!(reason(&project, path), Some(LeftOutReason::EnvironmentFile), "{path}");
     }
+    project.write("services/.envoy/config.yaml", "x: 1");
+    assert_eq!(reason(&project, "services/.envoy"), None, "only looks like one");
+    project.write("services/.systemprompt/docker/shared_config.json", "{}");
+    assert_eq!(reason(&project, "services/.systemprompt"), Some(LeftOutReason::State));
     project.write("services/.git/config", "x");
     assert_eq!(reason(&project, "services/.git"), Some(LeftOutReason::GitData));
     project.write(".systemprompt/profiles/prod/Dockerfile", "FROM x");
     assert_eq!(reason(&project, ".systemprompt/profiles/prod/Dockerfile"), Some(LeftOutReason::NotOfProfile));
     let paths: Vec<_> = entries(&project.build()).into_iter().map(|entry| entry.0.to_lowercase()).collect();
     for name in ["secrets.json", "credentials.json", "tenants.json", ".env", ".git/", "dockerfile"] {
-        assert!(!paths.iter().any(|path| path.contains(name)), "{name}");
+        assert!(!paths.iter().any(|path| path.contains(name) && !path.contains(".envoy")), "{name}");
     }
 }
 
@@ -66,6 +70,88 @@ fn links_lead_to_files_of_the_project_or_nowhere() {
     let found = entries(&project.build());
     let logo = found.iter().find(|entry| entry.0 == "app/web/dist/logo.svg").expect("the linked file");
     assert_eq!(logo.2, b"<svg/>");
+}
+
+#[test]
+fn a_link_brings_in_nothing_that_is_left_out_where_it_lies() {
+    let project = Project::new();
+    project.write(".dockerignore", "private\n!private/open.txt\n");
+    project.write("private/note.txt", "x");
+    project.write("private/open.txt", "x");
+    project.write(".systemprompt/docker/shared_config.json", "{}");
+    project.write(".systemprompt/profiles/base/profile.yaml", "name: base\n");
+    let link = |target: &str, at: &str| {
+        let path = project.path(at);
+        std::fs::create_dir_all(path.parent().expect("below the root")).expect("folders");
+        symlink(project.path(target), path).expect("link");
+    };
+    link("private/note.txt", "web/dist/note.txt");
+    link("private/open.txt", "web/dist/open.txt");
+    link(".systemprompt/docker/shared_config.json", "web/dist/config.json");
+    link(".systemprompt/profiles/base/profile.yaml", "web/dist/profile.yaml");
+    link(".systemprompt/profiles/base/profile.yaml", ".systemprompt/profiles/same/profile.yaml");
+    link(".systemprompt/docker/shared_config.json", ".systemprompt/profiles/odd/profile.yaml");
+    for (path, expected) in [
+        ("web/dist/note.txt", Some(LeftOutReason::Ignored { line: 1 })),
+        ("web/dist/open.txt", None),
+        ("web/dist/config.json", Some(LeftOutReason::State)),
+        ("web/dist/profile.yaml", Some(LeftOutReason::State)),
+        (".systemprompt/profiles/same/profile.yaml", None),
+        (".systemprompt/profiles/odd/profile.yaml", Some(LeftOutReason::State)),
+    ] {
+        assert_eq!(reason(&project, path), expected, "{path}");
+    }
+}
+
+#[test]
+fn a_folder_that_is_a_link_stays_in_the_project() {
+    let outside = tempfile::tempdir().expect("dir");
+    let stranger = outside.path().join("stranger");
+    std::fs::create_dir(&stranger).expect("folder");
+    std::fs::write(stranger.join("diary.txt"), "x").expect("write");
+    let replaced = |folder: &str, target: &Path| {
+        let project = Project::new();
+        project.write(".git/config", "x");
+        project.write(".systemprompt/docker/shared_config.json", "{}");
+        project.write("other/index.html", "linked");
+        project.write("other/config/config.yaml", "agents: {}\n");
+        project.write("other/prod/profile.yaml", "name: prod\n");
+        let path = project.path(folder);
+        std::fs::create_dir_all(path.parent().expect("below the root")).expect("folders");
+        let _ = std::fs::remove_dir_all(&path); // not all of them are there
+        symlink(target, path).expect("link");
+        project
+    };
+    let folders = ["web/dist", "services", "extensions/mcp", ".systemprompt/profiles"];
+    for folder in folders {
+        for target in [stranger.clone(), "/".into()] {
+            let error = replaced(folder, &target).plan_error();
+            assert!(matches!(&error, BuildError::RefusedFolder { folder: named, .. } if named == folder), "{error}");
+        }
+    }
+    let project = replaced("core/web/dist", &stranger);
+    std::fs::remove_dir_all(project.path("web")).expect("remove");
+    assert!(matches!(project.plan_error(), BuildError::RefusedFolder { .. }), "the second place of the site");
+    for (target, expected) in [
+        ("../.git", LeftOutReason::GitData),
+        ("../.systemprompt", LeftOutReason::State),
+        ("../.systemprompt/docker", LeftOutReason::State),
+        ("..", LeftOutReason::LinkOutside),
+    ] {
+        let error = replaced("web/dist", Path::new(target)).plan_error();
+        assert!(matches!(&error, BuildError::RefusedFolder { why, .. } if *why == expected), "{target}: {error}");
+        assert!(error.to_string().contains("web/dist"), "{error}");
+    }
+    for folder in folders {
+        let up = "../".repeat(folder.matches('/').count());
+        let project = replaced(folder, Path::new(&format!("{up}other")));
+        project.plan();
+        project.write(".dockerignore", "other/index.html\n");
+        let shown = format!("{folder}/index.html");
+        if folder != ".systemprompt/profiles" {
+            assert_eq!(reason(&project, &shown), Some(LeftOutReason::Ignored { line: 1 }), "{folder}");
+        }
+    }
 }
 
 #[test]

@@ -8,4 +8,5 @@ mod garbage;
 mod image;
 mod protocol;
 mod push;
+mod resume;
 mod support;

@@ -21,7 +21,7 @@ use systemprompt_oci::{
 };
 
 /// A project with one page, built.
-fn built(dir: &Path, page: &str) -> BuiltImage {
+pub(crate) fn built(dir: &Path, page: &str) -> BuiltImage {
     let project = dir.join("project");
     for (path, content) in [
         ("web/dist/index.html", page),
@@ -42,7 +42,7 @@ fn client(server: &Server, token: &str) -> RegistryClient {
     RegistryClient::new(server.http.clone(), base, "tenant", Secret::new(token))
 }
 
-fn client_of(tenant: &Tenant<'_>) -> RegistryClient {
+pub(crate) fn client_of(tenant: &Tenant<'_>) -> RegistryClient {
     client(tenant.server, &tenant.token)
 }
 

@@ -2,11 +2,11 @@ use crate::{
     context::{Session, cloud_tenant},
     error::CliError,
     output::{ArtifactType, Printer, Progress, Text, bytes},
-    settings::Settings,
+    settings::{self, Settings},
 };
 use serde::Serialize;
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 use systemprompt_cloud::{
@@ -41,14 +41,15 @@ struct Released {
 pub(crate) async fn deploy(request: Request, settings: &Settings, printer: &Printer) -> Result<(), CliError> {
     let profile = cloud_profile(settings)?;
     let build = build_spec(&request, &profile, settings)?;
+    let cache_dir = settings::layer_cache()?;
     if request.dry_run {
-        let plan = planned(&ImageBuilder::new(build), settings).map_err(DeployError::from)?;
+        let plan = planned(&ImageBuilder::new(build), &cache_dir).map_err(DeployError::from)?;
         return printer.value(ArtifactType::Table, &plan, |text| describe(&plan, text));
     }
     let tenant = cloud_tenant(&settings.tenant_in_force(request.tenant.as_deref(), Some(&profile))?)?;
     let Session { client, .. } = settings.session(printer)?;
     let push = if request.skip_push { PushMode::Skip } else { PushMode::Push };
-    let spec = DeploySpec { tenant, build, cache_dir: settings.project.layer_cache(), push };
+    let spec = DeploySpec { tenant, build, cache_dir, push };
     let progress = printer.progress();
     let stage = Arc::new(Mutex::new(DeployStage::Build));
     let run = Deploy::new(client, spec).run(sink(progress.clone(), Arc::clone(&stage)));
@@ -64,9 +65,9 @@ pub(crate) async fn deploy(request: Request, settings: &Settings, printer: &Prin
 }
 
 /// What would go in, if nothing in it is a secret.
-fn planned(builder: &ImageBuilder, settings: &Settings) -> Result<Plan, BuildError> {
+fn planned(builder: &ImageBuilder, cache_dir: &Path) -> Result<Plan, BuildError> {
     let plan = builder.plan()?;
-    builder.check(&plan, &LayerCache::open(settings.project.layer_cache())?)?;
+    builder.check(&plan, &LayerCache::open(cache_dir)?)?;
     Ok(plan)
 }
 

@@ -1,5 +1,6 @@
 //! The real program against a cloud in the test: exit codes, both streams, files.
 
+mod cache;
 mod cli;
 mod cloud;
 mod errors;

@@ -1,11 +1,12 @@
 //! The command line as a user has it: the `systemprompt` binary in the sample project, with `--json`.
 
+use super::cloud::Installation;
 use crate::shell::{Shell, ended, spell};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use std::{
     io::{BufRead, BufReader},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Output, Stdio},
     sync::mpsc,
     thread,
@@ -16,11 +17,17 @@ pub(super) struct Cli {
     program: PathBuf,
     project: PathBuf,
     ca_file: PathBuf,
+    caches: PathBuf,
 }
 
 impl Cli {
-    pub(super) fn new(programs: &Path, project: &Path, ca_file: &Path) -> Self {
-        Self { program: programs.join("systemprompt"), project: project.to_owned(), ca_file: ca_file.to_owned() }
+    pub(super) fn new(installation: &Installation) -> Self {
+        Self {
+            program: installation.programs.join("systemprompt"),
+            project: installation.project(),
+            ca_file: installation.ca_file(),
+            caches: installation.caches(),
+        }
     }
 
     /// The JSON it answers; its progress stays visible.
@@ -66,6 +73,8 @@ impl Cli {
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command.args(args).current_dir(&self.project).env("SYSTEMPROMPT_CA_FILE", &self.ca_file);
+        // The installation's own, so that it can be emptied without touching a person's.
+        command.env("XDG_CACHE_HOME", &self.caches);
         // Cargo adds its own library folders for us; they must not leak into an image.
         command.env_remove("LD_LIBRARY_PATH");
         command
@@ -116,6 +125,7 @@ fn last_object(output: &str) -> Result<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     #[test]
     fn the_last_object_counts() {
@@ -129,7 +139,7 @@ mod tests {
         let program = folder.join("systemprompt");
         std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
         std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        Cli::new(folder, folder, Path::new("ca.pem"))
+        Cli { program, project: folder.to_owned(), ca_file: "ca.pem".into(), caches: folder.join("cache") }
     }
 
     #[test]

@@ -44,6 +44,11 @@ impl Installation {
         self.data.join("hello")
     }
 
+    /// What the command line keeps between deploys.
+    pub(crate) fn caches(&self) -> PathBuf {
+        self.data.join("cache")
+    }
+
     pub(crate) fn ca_file(&self) -> PathBuf {
         self.data.join("ca/ca.pem")
     }
@@ -103,12 +108,7 @@ impl Cloud {
             .with_context(|| format!("cannot create {}", installation.data.display()))?;
         let server = Server::start(shell, installation.serve(), &installation.log_file())?;
         example::copy_if_absent(&shell.root().join("examples/hello"), &installation.project())?;
-        Ok(Self {
-            http: Http::new(&server.ready.ca_file),
-            cli: Cli::new(&installation.programs, &installation.project(), &server.ready.ca_file),
-            server,
-            installation,
-        })
+        Ok(Self { http: Http::new(&server.ready.ca_file), cli: Cli::new(&installation), server, installation })
     }
 
     pub(crate) fn installation(&self) -> &Installation {
@@ -166,12 +166,12 @@ impl Cloud {
         Ok(Deployed { wall, build: Duration::from_millis(build) })
     }
 
-    /// Forgets the layers that earlier deploys have built, as in a project that was never deployed.
+    /// Forgets the layers that earlier deploys have built, as on a machine where nothing was ever deployed.
     pub(crate) fn forget_layers(&self) -> Result<()> {
-        let cache = self.installation.project().join(".systemprompt/cache");
-        match fs::remove_dir_all(&cache) {
+        let caches = self.installation.caches();
+        match fs::remove_dir_all(&caches) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("cannot remove {}", cache.display()))
+                Err(error).with_context(|| format!("cannot remove {}", caches.display()))
             }
             _ => Ok(()),
         }
