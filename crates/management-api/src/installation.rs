@@ -25,6 +25,8 @@ pub(crate) const CONTROL_DATABASE: &str = "systemprompt";
 const CONTROL_CONNECTIONS: u32 = 10;
 const MAX_BLOB_BYTES: u64 = 2 * 1024 * 1024 * 1024;
 const TENANT_QUOTA_BYTES: u64 = 10 * 1024 * 1024 * 1024;
+/// As much as the process driver unpacks of one image.
+const MAX_UNPACKED_BYTES: u64 = 8 * 1024 * 1024 * 1024;
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
 
@@ -129,6 +131,7 @@ pub(crate) fn open_registry(layout: &Layout, seal: &Sealer) -> anyhow::Result<Re
         root: layout.registry(),
         max_blob_bytes: MAX_BLOB_BYTES,
         tenant_quota_bytes: TENANT_QUOTA_BYTES,
+        max_unpacked_bytes: MAX_UNPACKED_BYTES,
     };
     // Images hold tenants' code; whoever else works on this machine has no business there.
     std::fs::create_dir_all(&config.root).with_context(|| format!("making {}", config.root.display()))?;

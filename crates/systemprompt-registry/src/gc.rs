@@ -1,16 +1,17 @@
-//! Removal. Every function here holds the store's write lock: nobody looks at a link meanwhile.
+//! Removal. Nothing but uploads, which have locks of their own, is removed without the store's write lock: then nobody
+//! looks at a link. A collection takes it for one removal at a time and looks again under it, since what it saw before
+//! may have been used meanwhile.
 
 use crate::{
-    StoreError,
+    Inner, StoreError,
     store::{self, Store, digest_of},
     upload,
 };
 use std::{
     collections::{HashMap, HashSet},
-    fs::{self, Metadata},
-    io,
+    fs, io,
     path::Path,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 use systemprompt_contract::TenantId;
 use systemprompt_oci::{Digest, Manifest};
@@ -32,65 +33,63 @@ pub struct GcReport {
 
 /// See [`crate::Registry::collect_garbage`]. Manifests go before links and links before blobs, so that after a crash in
 /// between whatever is left is whole, and the rest goes the next time.
-pub(crate) fn collect(store: &Store, keep: &[(TenantId, Digest)], min_age: Duration) -> Result<GcReport, StoreError> {
-    let _held = store.hold_for_removal();
-    let mut collection = Collection { store, now: SystemTime::now(), min_age, report: GcReport::default() };
+pub(crate) fn collect(inner: &Inner, keep: &[(TenantId, Digest)], min_age: Duration) -> Result<GcReport, StoreError> {
+    let mut collection = Collection { inner, store: &inner.store, min_age, report: GcReport::default() };
     let mut kept: HashMap<TenantId, HashSet<Digest>> = HashMap::new();
     for &(tenant, digest) in keep {
         kept.entry(tenant).or_default().insert(digest);
     }
-    let mut linked = HashSet::new();
-    for tenant in tenants(store)? {
-        let kept = kept.remove(&tenant).unwrap_or_default();
-        collection.tenant(tenant, &kept, &mut linked)?;
+    for tenant in tenants(&inner.store)? {
+        collection.tenant(tenant, &kept.remove(&tenant).unwrap_or_default())?;
     }
-    collection.blobs(&linked)?;
+    collection.blobs()?;
     Ok(collection.report)
 }
 
 struct Collection<'a> {
+    inner: &'a Inner,
     store: &'a Store,
-    now: SystemTime,
     min_age: Duration,
     report: GcReport,
 }
 
 impl Collection<'_> {
-    fn tenant(
-        &mut self,
-        tenant: TenantId,
-        kept: &HashSet<Digest>,
-        linked: &mut HashSet<Digest>,
-    ) -> Result<(), StoreError> {
-        let needed = self.manifests(tenant, kept)?;
-        if self.store.read_tag(tenant)?.is_some() && self.store.tag(tenant)?.is_none() {
-            store::remove_file(&self.store.tag_path(tenant))?;
-        }
-        for (path, metadata) in store::listed(&self.store.links(tenant))? {
-            let Some(digest) = digest_of(&path) else { continue };
+    fn tenant(&mut self, tenant: TenantId, kept: &HashSet<Digest>) -> Result<(), StoreError> {
+        self.manifests(tenant, kept)?;
+        // Only now: whoever still found a manifest finds its links too.
+        let needed = self.needed(tenant)?;
+        let has_dead_tag = || Ok(self.store.read_tag(tenant)?.is_some() && self.store.tag(tenant)?.is_none());
+        self.remove_if(has_dead_tag, || store::remove_file(&self.store.tag_path(tenant)))?;
+        for (link, _) in store::listed(&self.store.links(tenant))? {
+            let Some(digest) = digest_of(&link) else { continue };
             // Blobs of a manifest that cannot be read are unknown, so none of the tenant's is given up.
             let is_needed = needed.as_ref().is_none_or(|needed| needed.contains(&digest));
-            if is_needed || self.is_young(&metadata, self.min_age) {
-                linked.insert(digest);
-            } else {
-                store::remove_file(&path)?;
+            if !is_needed && self.remove_if(|| self.is_old(&link), || self.store.remove_link(tenant, digest))? {
                 self.report.links += 1;
             }
         }
-        self.uploads(tenant)?;
-        self.remove_if_empty(tenant)
+        for size in upload::remove_idle(self.inner, tenant, upload::EXPIRES_AFTER)? {
+            self.report.uploads += 1;
+            self.report.freed_bytes += size;
+        }
+        self.remove_if(|| self.is_empty(tenant), || remove_folder(&self.store.tenant(tenant)))?;
+        Ok(())
     }
 
-    /// Removes manifests; the blobs that the others need, or `None` when one of those cannot be read.
-    fn manifests(&mut self, tenant: TenantId, kept: &HashSet<Digest>) -> Result<Option<HashSet<Digest>>, StoreError> {
-        let mut needed = Some(HashSet::new());
-        for (path, metadata) in store::listed(&self.store.manifests(tenant))? {
-            let Some(digest) = digest_of(&path) else { continue };
-            if !kept.contains(&digest) && !self.is_young(&metadata, self.min_age) {
-                store::remove_file(&path)?;
+    fn manifests(&mut self, tenant: TenantId, kept: &HashSet<Digest>) -> Result<(), StoreError> {
+        for (path, _) in store::listed(&self.store.manifests(tenant))? {
+            let is_kept = digest_of(&path).is_none_or(|digest| kept.contains(&digest));
+            if !is_kept && self.remove_if(|| self.is_old(&path), || store::remove_file(&path))? {
                 self.report.manifests += 1;
-                continue;
             }
+        }
+        Ok(())
+    }
+
+    /// The blobs that the tenant's manifests need, or `None` when one of them cannot be read.
+    fn needed(&self, tenant: TenantId) -> Result<Option<HashSet<Digest>>, StoreError> {
+        let mut needed = Some(HashSet::new());
+        for (path, _) in store::listed(&self.store.manifests(tenant))? {
             match store::read(&path)?.map(|bytes| Manifest::parse(&bytes)) {
                 Some(Ok(manifest)) => {
                     if let Some(needed) = &mut needed {
@@ -98,7 +97,8 @@ impl Collection<'_> {
                     }
                 }
                 Some(Err(error)) => {
-                    tracing::error!(%tenant, %digest, %error, "a stored manifest cannot be read; its tenant's blobs stay");
+                    let path = path.display();
+                    tracing::error!(%tenant, %path, %error, "a stored manifest cannot be read; its tenant's blobs stay");
                     needed = None;
                 }
                 None => {}
@@ -107,24 +107,19 @@ impl Collection<'_> {
         Ok(needed)
     }
 
-    fn uploads(&mut self, tenant: TenantId) -> Result<(), StoreError> {
-        for (path, metadata) in store::listed(&self.store.uploads(tenant))? {
-            if !self.is_young(&metadata, upload::EXPIRES_AFTER) {
-                store::remove_file(&path)?;
-                self.report.uploads += 1;
-                self.report.freed_bytes += metadata.len();
-            }
+    fn blobs(&mut self) -> Result<(), StoreError> {
+        let mut linked = HashSet::new();
+        for tenant in tenants(self.store)? {
+            linked.extend(store::listed(&self.store.links(tenant))?.iter().filter_map(|(link, _)| digest_of(link)));
         }
-        Ok(())
-    }
-
-    fn blobs(&mut self, linked: &HashSet<Digest>) -> Result<(), StoreError> {
         for (path, metadata) in store::listed(&self.store.blobs())? {
-            let Some(digest) = digest_of(&path) else { continue };
-            if !linked.contains(&digest) {
-                // A blob and its link are made under the read lock, so a blob without one is left over.
-                store::remove_file(&path)?;
-                store::remove_file(&self.store.checked(digest))?;
+            let Some(digest) = digest_of(&path).filter(|digest| !linked.contains(digest)) else { continue };
+            // A blob and its link are made under the read lock, so a blob without one is left over.
+            let is_alone = || {
+                let tenants = tenants(self.store)?;
+                Ok(!tenants.iter().any(|&tenant| self.store.link(tenant, digest).exists()))
+            };
+            if self.remove_if(is_alone, || store::remove_file(&path))? {
                 self.report.blobs += 1;
                 self.report.freed_bytes += metadata.len();
             }
@@ -132,20 +127,38 @@ impl Collection<'_> {
         Ok(())
     }
 
-    fn remove_if_empty(&self, tenant: TenantId) -> Result<(), StoreError> {
-        let (links, manifests, uploads) =
-            (self.store.links(tenant), self.store.manifests(tenant), self.store.uploads(tenant));
-        for folder in [&manifests, &uploads, &links] {
-            if !store::listed(folder)?.is_empty() {
-                return Ok(());
-            }
+    /// Looks without the lock first, so that requests wait only for what is really removed.
+    fn remove_if(
+        &self,
+        condition: impl Fn() -> Result<bool, StoreError>,
+        remove: impl FnOnce() -> Result<(), StoreError>,
+    ) -> Result<bool, StoreError> {
+        if !condition()? {
+            return Ok(false);
         }
-        remove_folder(&self.store.tenant(tenant))
+        let _held = self.store.hold_for_removal();
+        let holds = condition()?;
+        if holds {
+            remove()?;
+        }
+        Ok(holds)
     }
 
-    /// A time in the future counts as now: a clock that was set back removes nothing.
-    fn is_young(&self, metadata: &Metadata, limit: Duration) -> bool {
-        metadata.modified().ok().and_then(|time| self.now.duration_since(time).ok()).is_none_or(|age| age < limit)
+    fn is_empty(&self, tenant: TenantId) -> Result<bool, StoreError> {
+        for folder in [self.store.manifests(tenant), self.store.uploads(tenant), self.store.links(tenant)] {
+            if !store::listed(&folder)?.is_empty() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn is_old(&self, path: &Path) -> Result<bool, StoreError> {
+        match fs::metadata(path) {
+            Ok(metadata) => Ok(store::is_older(&metadata, self.min_age)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(StoreError::on("reading", path)(error)),
+        }
     }
 }
 
@@ -161,7 +174,6 @@ pub(crate) fn remove_tenant(store: &Store, tenant: TenantId) -> Result<(), Store
         let Some(digest) = digest_of(&link) else { continue };
         if !others.iter().any(|&other| store.link(other, digest).exists()) {
             store::remove_file(&store.blob(digest))?;
-            store::remove_file(&store.checked(digest))?;
         }
         store::remove_file(&link)?;
     }

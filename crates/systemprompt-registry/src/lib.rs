@@ -9,30 +9,32 @@
 //! ROOT/lock                          held by the running process
 //! ROOT/tmp/                          files that have no name yet; emptied at the start
 //! ROOT/blobs/HEX                     contents by digest, shared
-//! ROOT/checked/HEX                   verdict on a layer (its diff id), so that it is read only once
 //! ROOT/tenants/ID/links/HEX          this tenant has pushed the blob; its time is the last use
-//! ROOT/tenants/ID/manifests/HEX      manifests
+//! ROOT/tenants/ID/checked/HEX        verdict on a layer, so that it is read only once
+//! ROOT/tenants/ID/manifests/HEX      manifests; the time is the last use
 //! ROOT/tenants/ID/tag                digest of the manifest behind `tenant-ID`
 //! ROOT/tenants/ID/uploads/UUID       an upload; its length is the offset
 //! ```
 //!
 //! A crash leaves at most an upload that can go on, or a blob without a link that the next collection removes: a file
-//! is complete and on disk before it gets its name, and a link without its blob counts as no link.
+//! is complete and on disk before it gets its name, and a link without its blob counts as no link. A blob that is found
+//! to have another content than its name says is removed, so that the next push sends it again.
 //!
 //! # Collection against pushes
 //!
 //! A push is many requests, so a lock around one request does not protect what an earlier one found. Two things
 //! together do. Every request that tells a client "this blob is here" (HEAD, GET, mount, commit) sets the time of the
-//! link to now, and [`Registry::collect_garbage`] spares links younger than `min_age`; so `min_age` must be longer
-//! than a push, and an hour is plenty for tokens of ten minutes. And each such request holds the store's read lock from
-//! its look at the link to its touch, while a collection holds the write lock from its decision to the removal; so no
-//! blob is removed between a look and its touch.
+//! link to now, as [`Registry::image`] does with the manifest and its links, and [`Registry::collect_garbage`] spares
+//! what is younger than `min_age`; so `min_age` must be longer than a push, and an hour is plenty for tokens of ten
+//! minutes. And each such request holds the store's read lock from its look at the link to its touch, while a collection
+//! holds the write lock from its last look at an age to that removal; so nothing is removed between a look and its touch.
 
 mod error;
 mod gc;
 mod http;
 mod image;
 mod manifest;
+mod slots;
 mod store;
 mod token;
 mod upload;
@@ -41,6 +43,7 @@ pub use error::{ImageError, InvalidImage, OpenError, StoreError};
 pub use gc::GcReport;
 pub use token::{Grant, TokenKey};
 
+use slots::Slots;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use store::Store;
 use systemprompt_contract::TenantId;
@@ -57,6 +60,8 @@ pub struct RegistryConfig {
     pub max_blob_bytes: u64,
     /// Most that one tenant may store, uploads included, in bytes. Contents shared with others count in full.
     pub tenant_quota_bytes: u64,
+    /// Most that the layers of one image may unpack to together, in bytes: what the compute driver takes.
+    pub max_unpacked_bytes: u64,
 }
 
 /// The registry. Clones share one store; the folder is released when the last of them and of its routers is dropped.
@@ -67,8 +72,9 @@ struct Inner {
     store: Store,
     uploads: Uploads,
     key: TokenKey,
-    /// Reading whole layers is costly, so few manifests are checked at once.
+    /// Reading whole layers is costly, so few manifests are checked at once, and one of each tenant.
     checks: Arc<Semaphore>,
+    turns: Slots<TenantId, ()>,
 }
 
 const PARALLEL_CHECKS: usize = 2;
@@ -87,7 +93,7 @@ impl Registry {
     pub fn open(config: RegistryConfig, key: TokenKey) -> Result<Self, OpenError> {
         let store = Store::open(config)?;
         let checks = Arc::new(Semaphore::new(PARALLEL_CHECKS));
-        Ok(Self(Arc::new(Inner { store, uploads: Uploads::default(), key, checks })))
+        Ok(Self(Arc::new(Inner { store, uploads: Uploads::default(), key, checks, turns: Slots::default() })))
     }
 
     /// `/v2/…`. Bodies are streamed; put no limit on body sizes and no timeout on whole requests around it.
@@ -103,14 +109,24 @@ impl Registry {
         self.blocking(move |inner| inner.store.tag(tenant)).await
     }
 
-    /// The image with this manifest, complete and fit to run on this machine, or why not. Its blobs count as just used,
-    /// so they stay for the next collection's `min_age` even if nothing else keeps them.
+    /// The image with this manifest, complete and fit to run on this machine, or why not. It counts as just used with all
+    /// its blobs, so it stays for the next collections' `min_age` even if nothing else keeps it.
     ///
     /// # Errors
     /// [`ImageError`]
     pub async fn image(&self, tenant: TenantId, digest: &Digest) -> Result<StoredImage, ImageError> {
         let digest = *digest;
         self.blocking(move |inner| image::load(&inner.store, tenant, digest)).await
+    }
+
+    /// Reads every blob of the image and removes those that are damaged, so that the next push sends them again; how
+    /// many there were. For an image that should unpack and does not.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub async fn remove_damaged(&self, tenant: TenantId, digest: &Digest) -> Result<usize, StoreError> {
+        let digest = *digest;
+        self.blocking(move |inner| image::remove_damaged(&inner.store, tenant, digest)).await
     }
 
     /// Removes what nothing needs: manifests that are neither in `keep` nor younger than `min_age`, links that no
@@ -129,8 +145,8 @@ impl Registry {
     ) -> Result<GcReport, StoreError> {
         let keep = keep.to_vec();
         self.blocking(move |inner| {
-            let report = gc::collect(&inner.store, &keep, min_age)?;
-            inner.uploads.forget_finished();
+            let report = gc::collect(inner, &keep, min_age)?;
+            inner.uploads.forget_idle();
             Ok(report)
         })
         .await

@@ -4,13 +4,14 @@ use crate::{OpenError, RegistryConfig, StoreError};
 use rustix::fs::FlockOperation;
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io::{self, Read, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 use systemprompt_contract::TenantId;
-use systemprompt_oci::Digest;
+use systemprompt_oci::{Digest, Digester};
 use uuid::Uuid;
 
 /// Room that a large upload must leave on the disk for everything small: manifests, links, tags.
@@ -44,7 +45,7 @@ impl From<StoreError> for CommitError {
 impl Store {
     pub(crate) fn open(config: RegistryConfig) -> Result<Self, OpenError> {
         let root = config.root.clone();
-        for folder in ["tmp", "blobs", "checked", "tenants"] {
+        for folder in ["tmp", "blobs", "tenants"] {
             let path = root.join(folder);
             fs::create_dir_all(&path).map_err(StoreError::on("making the folder", &path))?;
         }
@@ -75,9 +76,6 @@ impl Store {
     pub(crate) fn blob(&self, digest: Digest) -> PathBuf {
         self.blobs().join(digest.hex())
     }
-    pub(crate) fn checked(&self, digest: Digest) -> PathBuf {
-        self.root().join("checked").join(digest.hex())
-    }
     pub(crate) fn tenants(&self) -> PathBuf {
         self.root().join("tenants")
     }
@@ -89,6 +87,9 @@ impl Store {
     }
     pub(crate) fn link(&self, tenant: TenantId, digest: Digest) -> PathBuf {
         self.links(tenant).join(digest.hex())
+    }
+    pub(crate) fn checked(&self, tenant: TenantId, digest: Digest) -> PathBuf {
+        self.tenant(tenant).join("checked").join(digest.hex())
     }
     pub(crate) fn manifests(&self, tenant: TenantId) -> PathBuf {
         self.tenant(tenant).join("manifests")
@@ -126,6 +127,43 @@ impl Store {
         };
         file.set_modified(SystemTime::now()).map_err(StoreError::on("touching", &link))?;
         Ok(Some(size))
+    }
+
+    /// Takes the tenant's link away, and what was found out about the blob. Held for removal.
+    pub(crate) fn remove_link(&self, tenant: TenantId, digest: Digest) -> Result<(), StoreError> {
+        remove_file(&self.checked(tenant, digest))?;
+        remove_file(&self.link(tenant, digest))
+    }
+
+    /// Reads the whole blob; when its content has another digest than its name, it goes with the tenant's link, so that
+    /// it counts as absent for everybody and can be pushed again. True when it was damaged.
+    pub(crate) fn remove_if_damaged(&self, tenant: TenantId, digest: Digest) -> Result<bool, StoreError> {
+        let blob = self.blob(digest);
+        let Some(mut file) = opened(&blob, File::options().read(true))? else { return Ok(false) };
+        let read = |file: &mut File| -> io::Result<(Digest, fs::Metadata)> {
+            let mut digester = Digester::new();
+            let mut buffer = vec![0; 1 << 17];
+            loop {
+                match file.read(&mut buffer) {
+                    Ok(0) => return Ok((digester.finish(), file.metadata()?)),
+                    Ok(count) => digester.update(&buffer[..count]),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        let (found, damaged) = read(&mut file).map_err(StoreError::on("reading", &blob))?;
+        if found == digest {
+            return Ok(false);
+        }
+        let _held = self.hold_for_removal();
+        // Unless it was pushed again meanwhile: then it is another file.
+        if fs::metadata(&blob).is_ok_and(|now| (now.dev(), now.ino()) == (damaged.dev(), damaged.ino())) {
+            tracing::error!(%tenant, %digest, %found, "a stored blob was damaged; it is removed and has to be pushed again");
+            remove_file(&blob)?;
+            self.remove_link(tenant, digest)?;
+        }
+        Ok(true)
     }
 
     /// Turns a staged upload, whose content is known to have this digest, into a blob of the tenant.
@@ -193,6 +231,15 @@ impl Store {
         read(&self.manifests(tenant).join(digest.hex()))
     }
 
+    /// The manifest for somebody who relies on it; marks it as just used.
+    pub(crate) fn use_manifest(&self, tenant: TenantId, digest: Digest) -> Result<Option<Vec<u8>>, StoreError> {
+        let _held = self.hold();
+        let path = self.manifests(tenant).join(digest.hex());
+        let Some(file) = opened(&path, File::options().append(true))? else { return Ok(None) };
+        file.set_modified(SystemTime::now()).map_err(StoreError::on("touching", &path))?;
+        read(&path)
+    }
+
     /// Writes a small file so that it is either the old one or the new one, whatever happens.
     pub(crate) fn write(&self, path: &Path, content: &[u8]) -> Result<(), StoreError> {
         let folder = path.parent().expect("all paths of the store lie below its root");
@@ -237,6 +284,11 @@ pub(crate) fn listed(folder: &Path) -> Result<Vec<(PathBuf, fs::Metadata)>, Stor
         }
     }
     Ok(listed)
+}
+
+/// A time in the future counts as now: a clock that was set back removes nothing.
+pub(crate) fn is_older(metadata: &fs::Metadata, limit: Duration) -> bool {
+    metadata.modified().ok().and_then(|time| time.elapsed().ok()).is_some_and(|age| age >= limit)
 }
 
 fn size_of_folder(folder: &Path) -> Result<u64, StoreError> {

@@ -5,38 +5,35 @@
 //! | open, in memory | file + [`Session`] (running digest) | open, on disk only, when a request is cut off |
 //! | open, on disk only | file | open, in memory, by reading the file again |
 //! | committed | blob and link | |
-//! | expired | nothing | after a day without a write, or ten minutes when the tenant's uploads take too much |
+//! | expired | nothing | after a day without a write, or after ten minutes when another push would have no room |
 //!
 //! One request at a time works on an upload. The lock moves into the thread that writes, so that a request which is
-//! cut off in the middle of a write keeps others out until that write has ended.
+//! cut off in the middle of a write keeps others out until that write has ended. Removal takes the lock as well: what
+//! a client is told to be there is in the file that will be committed.
 
 use crate::{
     Inner, StoreError,
+    slots::{Held, Slots},
     store::{self, CommitError},
 };
 use bytes::Bytes;
 use std::{
-    collections::HashMap,
-    fs::File,
+    fs::{self, File},
     io::{self, Read, Write},
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    path::PathBuf,
+    time::Duration,
 };
 use systemprompt_contract::TenantId;
 use systemprompt_oci::{Digest, Digester};
-use tokio::sync::OwnedMutexGuard;
 use uuid::Uuid;
 
 /// Uploads that stood still for so long are removed.
 pub(crate) const EXPIRES_AFTER: Duration = Duration::from_hours(24);
 /// More open uploads than this are no push but an attack, or a client that never finishes.
 const MAX_OPEN_PER_TENANT: usize = 64;
-/// Uploads that stood still for so long make way when a tenant's uploads become too many or too large: a token has
-/// ended meanwhile, and failed pushes must not keep the next one out for a day.
+/// Uploads that stood still for so long make way when a push would be refused for their number or their bytes: a token
+/// has ended meanwhile, and failed pushes must not keep the next one out for a day.
 const YIELDS_AFTER: Duration = Duration::from_mins(10);
-/// Which part of the quota unfinished uploads may take before idle ones make way: one in so many.
-const STAGING_SHARE: u64 = 4;
 
 /// Which upload of which tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -83,40 +80,16 @@ impl From<CommitError> for UploadError {
 }
 
 /// The uploads that this process knows; all others are found by their files.
-#[derive(Default)]
-pub(crate) struct Uploads(Mutex<HashMap<UploadKey, Slot>>);
-
-type Slot = Arc<tokio::sync::Mutex<Option<Session>>>;
-
-impl Uploads {
-    /// Waits for the request that works on the upload now, if any.
-    pub(crate) async fn lock(&self, key: UploadKey) -> LockedUpload {
-        let slot = self.slots().entry(key).or_default().clone();
-        LockedUpload { key, slot: slot.lock_owned().await }
-    }
-
-    /// Drops what is kept about uploads that nobody works on; their files say the rest.
-    pub(crate) fn forget_finished(&self) {
-        self.slots().retain(|_, slot| Arc::strong_count(slot) > 1);
-    }
-
-    fn forget(&self, key: UploadKey) {
-        self.slots().remove(&key);
-    }
-
-    fn slots(&self) -> std::sync::MutexGuard<'_, HashMap<UploadKey, Slot>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+pub(crate) type Uploads = Slots<UploadKey, Session>;
 
 /// An upload that no other request can touch.
 pub(crate) struct LockedUpload {
     key: UploadKey,
-    slot: OwnedMutexGuard<Option<Session>>,
+    slot: Held<UploadKey, Session>,
 }
 
 /// The file and the digest of all that is in it.
-struct Session {
+pub(crate) struct Session {
     file: File,
     digester: Digester,
     offset: u64,
@@ -130,13 +103,11 @@ pub(crate) fn begin(inner: &Inner, tenant: TenantId) -> Result<Uuid, UploadError
     let folder = store.uploads(tenant);
     let _held = store.hold(); // a collection removes empty folders
     store::make_folder(&folder)?;
-    if store::listed(&folder)?.len() >= MAX_OPEN_PER_TENANT
-        || store.staged_bytes(tenant)? > store.config.tenant_quota_bytes / STAGING_SHARE
-    {
-        remove_idle(&folder)?;
-    }
     if store::listed(&folder)?.len() >= MAX_OPEN_PER_TENANT {
-        return Err(UploadError::TooManyOpen);
+        remove_idle(inner, tenant, YIELDS_AFTER)?;
+        if store::listed(&folder)?.len() >= MAX_OPEN_PER_TENANT {
+            return Err(UploadError::TooManyOpen);
+        }
     }
     let upload = Uuid::new_v4();
     let path = store.upload(tenant, upload);
@@ -144,18 +115,29 @@ pub(crate) fn begin(inner: &Inner, tenant: TenantId) -> Result<Uuid, UploadError
     Ok(upload)
 }
 
-fn remove_idle(folder: &Path) -> Result<(), StoreError> {
-    let now = SystemTime::now();
-    for (path, metadata) in store::listed(folder)? {
-        let age = metadata.modified().ok().and_then(|time| now.duration_since(time).ok());
-        if age.is_some_and(|age| age > YIELDS_AFTER) {
+/// Removes the tenant's uploads that stood still for so long and that no request works on; their sizes.
+pub(crate) fn remove_idle(inner: &Inner, tenant: TenantId, limit: Duration) -> Result<Vec<u64>, StoreError> {
+    let mut removed = Vec::new();
+    for (path, metadata) in store::listed(&inner.store.uploads(tenant))? {
+        let upload = path.file_name().and_then(|name| name.to_str()?.parse().ok());
+        let (Some(upload), true) = (upload, store::is_older(&metadata, limit)) else { continue };
+        let Some(mut slot) = inner.uploads.try_lock(UploadKey { tenant, upload }) else { continue };
+        // It may have gone on, or ended, until the lock was ours.
+        if fs::metadata(&path).is_ok_and(|metadata| store::is_older(&metadata, limit)) {
+            *slot = None;
             store::remove_file(&path)?;
+            removed.push(metadata.len());
         }
     }
-    Ok(())
+    Ok(removed)
 }
 
 impl LockedUpload {
+    /// Waits for the request that works on the upload now, if any.
+    pub(crate) async fn lock(inner: &Inner, key: UploadKey) -> Self {
+        Self { key, slot: inner.uploads.lock(key).await }
+    }
+
     /// Where the client goes on.
     pub(crate) fn offset(&mut self, inner: &Inner) -> Result<u64, UploadError> {
         Ok(self.session(inner)?.offset)
@@ -209,9 +191,8 @@ impl LockedUpload {
         } else {
             Err(UploadError::DigestMismatch { got })
         };
-        match committed {
-            Ok(()) => inner.uploads.forget(self.key),
-            Err(_) => self.remove(inner)?,
+        if committed.is_err() {
+            self.remove(inner)?;
         }
         committed
     }
@@ -224,19 +205,12 @@ impl LockedUpload {
 
     fn remove(mut self, inner: &Inner) -> Result<(), StoreError> {
         *self.slot = None;
-        inner.uploads.forget(self.key);
         store::remove_file(&self.path(inner))
     }
 
     fn session(&mut self, inner: &Inner) -> Result<&mut Session, UploadError> {
         if self.slot.is_none() {
-            match Session::load(inner, self.key) {
-                Ok(session) => *self.slot = Some(session),
-                Err(error) => {
-                    inner.uploads.forget(self.key);
-                    return Err(error);
-                }
-            }
+            *self.slot = Some(Session::load(inner, self.key)?);
         }
         Ok(self.slot.as_mut().expect("loaded above"))
     }
@@ -251,8 +225,16 @@ fn check_limits(inner: &Inner, tenant: TenantId, at: u64, used: u64, length: u64
     if at.saturating_add(length) > config.max_blob_bytes {
         return Err(UploadError::BlobTooLarge { max: config.max_blob_bytes });
     }
-    let total = used.saturating_add(inner.store.staged_bytes(tenant)?).saturating_add(length);
-    if total > config.tenant_quota_bytes { Err(UploadError::QuotaExceeded) } else { Ok(()) }
+    let fits = || -> Result<bool, StoreError> {
+        let total = used.saturating_add(inner.store.staged_bytes(tenant)?).saturating_add(length);
+        Ok(total <= config.tenant_quota_bytes)
+    };
+    // The upload that asks is locked and stays.
+    if fits()? || (!remove_idle(inner, tenant, YIELDS_AFTER)?.is_empty() && fits()?) {
+        Ok(())
+    } else {
+        Err(UploadError::QuotaExceeded)
+    }
 }
 
 impl Session {

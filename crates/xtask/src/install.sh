@@ -1,4 +1,4 @@
-# Installs Debian packages without starting any service and without making a PostgreSQL cluster.
+# Installs Debian packages without starting any service, now or at the next boot, and without making a PostgreSQL cluster.
 # What keeps them from it stands only while this runs; an interrupted run is tidied up by the next.
 set -eu
 policy=/usr/sbin/policy-rc.d
@@ -26,3 +26,13 @@ chmod 755 "$policy"
 export DEBIAN_FRONTEND=noninteractive
 apt-get update
 apt-get install --yes --no-install-recommends PACKAGES
+
+# Postgres serves nothing without a cluster; these would.
+for package in PACKAGES; do
+    case $package in
+        docker-registry) service=docker-registry ;;
+        nginx-light) service=nginx ;;
+        *) continue ;;
+    esac
+    if command -v systemctl >/dev/null; then systemctl --quiet disable "$service"; fi
+done

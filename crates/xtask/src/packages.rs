@@ -41,6 +41,11 @@ pub(crate) const TO_RUN: &[Need] = &[
 pub(crate) const TO_TEST: &[Need] = &[
     Need { package: "skopeo", probe: Probe::Program("skopeo"), reason: "pushes to and pulls from our registry" },
     Need { package: "podman", probe: Probe::Program("podman"), reason: "pushes to and pulls from our registry" },
+    Need {
+        package: "docker-registry",
+        probe: Probe::Program("docker-registry"),
+        reason: "another registry for our own client",
+    },
     Need { package: "runc", probe: Probe::Program("runc"), reason: "podman's runtime" },
     Need { package: "openssl", probe: Probe::Program("openssl"), reason: "speaks TLS to our edge" },
     Need { package: "chromium", probe: Probe::Program("chromium"), reason: "shows our pages as people see them" },
@@ -250,8 +255,12 @@ mod tests {
             ),
         )
         .unwrap();
-        std::fs::set_permissions(&apt, PermissionsExt::from_mode(0o755)).unwrap();
-        let moved = script(&["one", "two"])
+        let systemctl = programs.join("systemctl");
+        std::fs::write(&systemctl, format!("#!/bin/sh\necho \"$@\" >>{root_text}/said\n")).unwrap();
+        for program in [&apt, &systemctl] {
+            std::fs::set_permissions(program, PermissionsExt::from_mode(0o755)).unwrap();
+        }
+        let moved = script(&["one", "docker-registry"])
             .replace("=/usr/sbin", &format!("={root_text}/usr/sbin"))
             .replace("=/etc/", &format!("={root_text}/etc/"));
         let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
@@ -263,7 +272,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         assert!(run_script(root.path(), 0).success());
         let said = std::fs::read_to_string(root.path().join("said")).unwrap();
-        assert_eq!(said, "update\ninstall --yes --no-install-recommends one two\n");
+        let install = "install --yes --no-install-recommends one docker-registry";
+        assert_eq!(said, format!("update\n{install}\n--quiet disable docker-registry\n"));
         let seen = std::fs::read_to_string(root.path().join("seen")).unwrap();
         assert!(seen.contains("exit 101") && seen.contains("create_main_cluster = false"), "{seen}");
         assert!(!root.path().join("usr/sbin/policy-rc.d").exists());

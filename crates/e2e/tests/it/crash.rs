@@ -2,8 +2,9 @@
 
 use anyhow::{Context as _, ensure};
 use e2e::{Stack, Start, TestApp, World, until};
+use futures_util::{StreamExt as _, stream};
 use reqwest::Method;
-use systemprompt_contract::paths;
+use systemprompt_contract::{TenantId, paths};
 
 const BOUNDARIES: [&str; 4] = ["before_intent", "after_intent", "after_act", "after_commit"];
 const PROVISION: [&str; 6] = ["reserve", "secrets", "app", "database", "route", "ready"];
@@ -98,12 +99,57 @@ async fn killing_postgres_and_everything_else_loses_nothing() -> anyhow::Result<
     settled(&stack, &[tenant.id], &[tenant.id]).await
 }
 
+/// The registry is in the same process: a push that is cut by its end goes on where it stood.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_goes_on_after_the_control_plane_was_killed_in_the_middle() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    let tenant = stack.provision("cut-off").await?;
+    let token = stack.call(Method::GET, &paths::tenant(tenant.id, "/registry-token"), None).await?;
+    let part = |name: &str| token["data"][name].as_str().map(str::to_owned).context("a text");
+    let (registry, password) = (format!("https://{}", part("registry")?), part("token")?);
+    let repository = format!("{registry}/v2/{}", part("repository")?);
+    let content: Vec<u8> =
+        (0..6_u32 << 18).flat_map(|number| number.wrapping_mul(2_654_435_761).to_be_bytes()).collect();
+    let client = stack.client().clone();
+    let request = |method, url: &str| client.request(method, url).basic_auth("x", Some(&password));
+    let begun = request(Method::POST, &format!("{repository}/blobs/uploads/")).send().await?.error_for_status()?;
+    let location = begun.headers()["location"].to_str()?.to_owned();
+    let upload = format!("{registry}{location}");
+
+    // Four of six megabytes come, then nothing any more until the control plane is gone.
+    let (never, silence) = tokio::sync::oneshot::channel::<()>();
+    let first = bytes::Bytes::copy_from_slice(&content[..4 << 20]);
+    let body = stream::iter([Ok::<_, std::io::Error>(first)]).chain(stream::once(async move {
+        let _ = silence.await;
+        Ok(bytes::Bytes::new())
+    }));
+    let patch = tokio::spawn(request(Method::PATCH, &upload).body(reqwest::Body::wrap_stream(body)).send());
+    let file = stack.data().join("registry/tenants").join(tenant.id.to_string()).join("uploads");
+    let file = file.join(location.rsplit('/').next().context("an id")?);
+    let stored = || std::fs::metadata(&file).map_or(0, |file| file.len());
+    until("a megabyte is stored", async || stored() >= 1 << 20).await?;
+    stack.kill()?;
+    drop(never);
+    ensure!(patch.await?.map_or(true, |answer| !answer.status().is_success()), "the push was cut off");
+    let length = stored();
+    stack.serve(&Start::default())?;
+
+    let status = request(Method::GET, &upload).send().await?.error_for_status()?;
+    let next = usize::try_from(length)?;
+    ensure!(status.headers()["range"] == format!("0-{}", next - 1), "{:?}", status.headers());
+    let digest = systemprompt_oci::Digest::of(&content);
+    let put = request(Method::PUT, &format!("{upload}?digest={digest}"))
+        .header("content-range", format!("{next}-{}", content.len() - 1))
+        .body(content[next..].to_vec());
+    put.send().await?.error_for_status()?;
+    let pulled = request(Method::GET, &format!("{repository}/blobs/{digest}")).send().await?.error_for_status()?;
+    ensure!(pulled.bytes().await? == content, "other bytes came back");
+    ensure!(!file.exists(), "the upload is over");
+    settled(&stack, &[tenant.id], &[]).await
+}
+
 /// The world as it must be, once what still runs has ended.
-async fn settled(
-    stack: &Stack,
-    tenants: &[systemprompt_contract::TenantId],
-    running: &[systemprompt_contract::TenantId],
-) -> anyhow::Result<()> {
+async fn settled(stack: &Stack, tenants: &[TenantId], running: &[TenantId]) -> anyhow::Result<()> {
     let mut last = String::new();
     until("the world is as the rows say", async || {
         let checked = match World::look(stack).await {
@@ -141,7 +187,7 @@ async fn a_failing_deploy_unwinds_from_every_boundary() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_no_row_knows_is_found_and_taken_away() -> anyhow::Result<()> {
     use sqlx::Executor as _;
-    let stack = Stack::start().await?;
+    let mut stack = Stack::start().await?;
     World::look(&stack).await?.check(&[], &[])?;
     let mut cluster = e2e::connect(&stack, "tenants", "postgres").await?;
     cluster.execute("CREATE ROLE sp_0123456789ab").await?;
@@ -158,5 +204,21 @@ async fn what_no_row_knows_is_found_and_taken_away() -> anyhow::Result<()> {
         .arg(apps.join("sp-0123456789ab"))
         .status()?;
     ensure!(copied.success() && World::look(&stack).await?.check(&[tenant.id], &[]).is_err(), "the orphan is seen");
+    settled(&stack, &[tenant.id], &[]).await?;
+
+    // Blobs are collected once an hour, and at the start.
+    let registry = stack.data().join("registry");
+    let orphans =
+        [registry.join("blobs").join("00".repeat(32)), registry.join("tenants").join(TenantId::new().to_string())];
+    std::fs::write(&orphans[0], "no tenant's")?;
+    std::fs::create_dir(&orphans[1])?;
+    let seen = World::look(&stack).await?.check(&[tenant.id], &[]);
+    ensure!(seen.is_err_and(|error| error.to_string().contains("tenants that are gone")), "the folder is seen");
+    std::fs::remove_dir(&orphans[1])?;
+    let seen = World::look(&stack).await?.check(&[tenant.id], &[]);
+    ensure!(seen.is_err_and(|error| error.to_string().contains(&"00".repeat(32))), "the blob is seen");
+    std::fs::create_dir(&orphans[1])?;
+    stack.terminate()?;
+    stack.serve(&Start::default())?;
     settled(&stack, &[tenant.id], &[]).await
 }

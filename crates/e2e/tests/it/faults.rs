@@ -232,23 +232,43 @@ async fn a_full_disk_while_pushing_is_said_and_nothing_is_lost() -> anyhow::Resu
     stack.terminate()?;
     let registry = stack.data().join("registry");
     let size: u64 = directory_size(&registry)?;
-    // The registry moves to a file system with next to no room left.
+    // The registry moves to a file system with little room left.
     let moved = stack.data().join("registry-moved");
     fs::rename(&registry, &moved)?;
     fs::create_dir(&registry)?;
-    let mount = TmpfsMount::new(&registry, size + 512 * 1024)?;
+    let mount = TmpfsMount::new(&registry, size + 4 * 1024 * 1024)?;
     ensure!(Command::new("cp").arg("-a").arg(format!("{}/.", moved.display())).arg(&registry).status()?.success());
     stack.serve(&Start::default())?;
     let mut image = TestApp { behaviour: "healthy", text: "does not fit" }.build(&stack)?;
     big_layer(&stack, &mut image)?;
     let error = push(&stack, &tenant, &image).await.err().map(|error| format!("{error:#}")).unwrap_or_default();
     ensure!(error.contains("disk") && error.contains("full"), "{error}");
+    // That was refused by its length. One of unknown length is refused when the disk is really full.
+    let before = World::look(&stack).await?;
+    let (status, text) = endless_blob(&stack, &tenant).await?;
+    ensure!(status == 507 && text.contains("disk is full"), "{status} {text}");
+    let uploads = registry.join("tenants").join(tenant.id.to_string()).join("uploads");
+    let staged = fs::read_dir(&uploads)?.flatten().filter_map(|upload| Some(upload.metadata().ok()?.len()));
+    ensure!(staged.sum::<u64>() == 0, "nothing half-pushed keeps the disk full");
+    ensure!(World::look(&stack).await? == before, "nothing came and nothing went");
     let (status, body) = stack.get(&tenant, "/").await?;
     ensure!(status == 200 && body == "fits", "{status} {body}");
     TestApp { behaviour: "healthy", text: "fits" }.release(&stack, &tenant).await?;
     stack.terminate()?;
     drop(mount);
     Ok(())
+}
+
+/// Sends 8 MiB in pieces, without saying how many will come.
+async fn endless_blob(stack: &Stack, tenant: &e2e::TenantRef) -> anyhow::Result<(u16, String)> {
+    let token = stack.call(Method::GET, &paths::tenant(tenant.id, "/registry-token"), None).await?;
+    let part = |name: &str| token["data"][name].as_str().unwrap_or_default().to_owned();
+    let digest = systemprompt_oci::Digest::of(b"never comes to its end");
+    let url = format!("https://{}/v2/{}/blobs/uploads/?digest={digest}", part("registry"), part("repository"));
+    let pieces = futures_util::stream::iter((0..128).map(|_| Ok::<_, std::io::Error>(vec![7_u8; 1 << 16])));
+    let request = stack.client().post(url).basic_auth("x", Some(part("token")));
+    let answer = request.body(reqwest::Body::wrap_stream(pieces)).send().await?;
+    Ok((answer.status().as_u16(), answer.text().await?))
 }
 
 /// A layer of 8 MiB that does not compress, beside the others.

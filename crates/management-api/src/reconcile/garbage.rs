@@ -1,7 +1,9 @@
 //! Nothing is left of what no row knows: instances, apps, databases, images, tombstones.
 //!
 //! Each search lists the world first and reads the rows second. A row is always written before the thing it is
-//! about is made, so what is listed and has no row afterwards is an orphan and not merely new.
+//! about is made, so what is listed and has no row afterwards is an orphan and not merely new. Images are the other way
+//! round, as they are there before their row: the rows are read first, and an image that a deploy asked for since then
+//! is young by its having been asked for.
 
 use crate::{
     app::Infrastructure,
@@ -10,6 +12,7 @@ use crate::{
 use std::{collections::HashSet, time::Duration};
 use systemprompt_compute::{FoundApp, InstanceState};
 use systemprompt_contract::{DatabaseName, Subject, TenantId};
+use systemprompt_registry::Registry;
 use systemprompt_workflow::{Db, NewOperation, enqueue};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -40,7 +43,7 @@ pub(crate) async fn run(db: Db, infrastructure: Infrastructure, stop: Cancellati
             log("deleted tenants", purge(&db).await);
             log("routes", tombstones(&db).await);
             if Instant::now() >= images_due {
-                log("images", images(&db, &infrastructure).await);
+                log("images", images(&db, &infrastructure.registry).await);
                 images_due = Instant::now() + IMAGE_PASS;
             }
         };
@@ -129,9 +132,134 @@ async fn tombstones(db: &Db) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn images(db: &Db, infrastructure: &Infrastructure) -> anyhow::Result<()> {
+async fn images(db: &Db, registry: &Registry) -> anyhow::Result<()> {
     let kept = store::kept_images(db.pool(), KEPT_RELEASES).await?;
-    let report = infrastructure.registry.collect_garbage(&kept, YOUNG).await?;
+    let report = registry.collect_garbage(&kept, YOUNG).await?;
     tracing::info!(?report, "collected images");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::testing::TestDatabase;
+    use axum::body::Body;
+    use chrono::{TimeDelta, Utc};
+    use http::{Request, StatusCode, header};
+    use std::{
+        fs::{self, File},
+        path::Path,
+        time::SystemTime,
+    };
+    use systemprompt_contract::{IMAGE_REPOSITORY, TenantTag};
+    use systemprompt_oci::{Digest, media_type};
+    use systemprompt_registry::{Grant, ImageError, RegistryConfig, TokenKey};
+    use tower::ServiceExt as _;
+
+    struct Images {
+        dir: tempfile::TempDir,
+        key: TokenKey,
+        registry: Registry,
+    }
+
+    impl Images {
+        fn open() -> Self {
+            let (dir, key) = (tempfile::tempdir().unwrap(), TokenKey::from_bytes(&[1; 32]));
+            let config = RegistryConfig {
+                root: dir.path().to_owned(),
+                max_blob_bytes: 1 << 20,
+                tenant_quota_bytes: 1 << 20,
+                max_unpacked_bytes: 1 << 20,
+            };
+            let registry = Registry::open(config, key.clone()).unwrap();
+            Self { dir, key, registry }
+        }
+
+        async fn send(&self, tenant: TenantId, request: http::request::Builder, body: &[u8]) {
+            let expires_at = Utc::now() + TimeDelta::minutes(1);
+            let token = self.key.mint(&Grant { tenant, push: true, pull: true, expires_at });
+            let request = request.header(header::AUTHORIZATION, format!("Bearer {}", token.expose()));
+            let request = request.body(Body::from(body.to_vec())).unwrap();
+            let answer = self.registry.router().oneshot(request).await.unwrap();
+            assert_eq!(answer.status(), StatusCode::CREATED);
+        }
+
+        /// An image with a layer of its own: an empty archive of so many blocks.
+        async fn push(&self, tenant: TenantId, blocks: usize) -> Digest {
+            let layer = vec![0; blocks * 512];
+            let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+            let config = serde_json::json!({
+                "architecture": architecture,
+                "os": "linux",
+                "config": { "Entrypoint": ["/app"] },
+                "rootfs": { "type": "layers", "diff_ids": [Digest::of(&layer)] },
+            });
+            let config = config.to_string().into_bytes();
+            let describe = |kind: &str, blob: &[u8]| serde_json::json!({ "mediaType": kind, "digest": Digest::of(blob), "size": blob.len() });
+            let manifest = serde_json::json!({
+                "schemaVersion": 2,
+                "config": describe(media_type::OCI_CONFIG, &config),
+                "layers": [describe(media_type::OCI_LAYER, &layer)],
+            });
+            let base = format!("/v2/{IMAGE_REPOSITORY}");
+            for blob in [&layer, &config] {
+                let path = format!("{base}/blobs/uploads/?digest={}", Digest::of(blob));
+                self.send(tenant, Request::post(path), blob).await;
+            }
+            let manifest = manifest.to_string().into_bytes();
+            self.send(tenant, Request::put(format!("{base}/manifests/{}", TenantTag(tenant))), &manifest).await;
+            Digest::of(&manifest)
+        }
+
+        async fn has(&self, tenant: TenantId, digest: Digest) -> bool {
+            match self.registry.image(tenant, &digest).await {
+                Ok(_) => true,
+                Err(ImageError::NotFound) => false,
+                Err(error) => panic!("{digest}: {error}"),
+            }
+        }
+
+        fn blobs(&self) -> usize {
+            fs::read_dir(self.dir.path().join("blobs")).unwrap().count()
+        }
+    }
+
+    fn age(folder: &Path, by: Duration) {
+        for entry in fs::read_dir(folder).unwrap().flatten() {
+            if entry.path().is_dir() {
+                age(&entry.path(), by);
+            } else {
+                let file = File::options().append(true).open(entry.path()).unwrap();
+                file.set_modified(SystemTime::now() - by).unwrap();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn images_of_kept_releases_and_of_the_last_day_stay_and_others_go() {
+        let (database, disk) = (TestDatabase::start().await, Images::open());
+        let tenant = store::tests::tenant_row(&database).await;
+        let mut released = Vec::new();
+        for blocks in 2..14 {
+            released.push(disk.push(tenant, blocks).await);
+        }
+        let (never_deployed, unknown) = (disk.push(tenant, 20).await, TenantId::new());
+        disk.push(unknown, 21).await;
+        store::tests::release(&database, tenant, &released).await;
+        age(disk.dir.path(), Duration::from_hours(23));
+        images(&database.db, &disk.registry).await.unwrap();
+        assert_eq!(disk.blobs(), 28, "all are of the last day");
+
+        age(disk.dir.path(), Duration::from_hours(25));
+        let young = disk.push(tenant, 22).await;
+        images(&database.db, &disk.registry).await.unwrap();
+        let kept = usize::try_from(KEPT_RELEASES).unwrap();
+        assert_eq!(disk.blobs(), 2 * (kept + 1));
+        let gone = released.len() - kept;
+        for (place, digest) in released.into_iter().enumerate() {
+            assert_eq!(disk.has(tenant, digest).await, place >= gone, "release {place}");
+        }
+        assert!(disk.has(tenant, young).await && !disk.has(tenant, never_deployed).await);
+        assert!(!disk.dir.path().join("tenants").join(unknown.to_string()).exists(), "no row knows it");
+    }
 }

@@ -22,7 +22,7 @@ use crate::app::Infrastructure;
 use futures_util::StreamExt as _;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
-use systemprompt_compute::{InstanceHandle, InstanceSpec, InstanceState, LogStart};
+use systemprompt_compute::{DriverError, InstanceHandle, InstanceSpec, InstanceState, LogStart};
 use systemprompt_contract::{
     ApiError, DeploymentEvent, DeploymentId, DeploymentState, DeploymentStep, ErrorCode, Event, Secret, Subject,
     TenantId, paths,
@@ -246,7 +246,14 @@ pub(crate) async fn launch_release(
         memory_mb: tenant.memory_mb,
         max_pids: infrastructure.limits.max_pids,
     };
-    infrastructure.driver.launch(&app, &spec).await.map_err(driver_error)
+    let launched = infrastructure.driver.launch(&app, &spec).await;
+    // It could be pushed, so it could be unpacked then: what is damaged since has to be sent again by the next push.
+    if let Err(DriverError::Rejected(_)) = &launched
+        && let Err(error) = infrastructure.registry.remove_damaged(tenant.id, &release.digest).await
+    {
+        tracing::warn!(%error, "looking for damaged blobs");
+    }
+    launched.map_err(driver_error)
 }
 
 /// The environment of every instance, as seed 002 and `decisions` list it. HOST and PORT are the driver's.
@@ -317,7 +324,7 @@ fn gone() -> StepError {
 
 /// After the point of no return every driver error is tried again.
 #[allow(clippy::needless_pass_by_value, reason = "used as map_err(again)")]
-fn again(error: systemprompt_compute::DriverError) -> StepError {
+fn again(error: DriverError) -> StepError {
     StepError::Transient(error.to_string())
 }
 

@@ -177,13 +177,15 @@ async fn deploy(
     let key = idempotency_key(&headers)?.unwrap_or_else(|| Uuid::new_v4().to_string());
     let image = TenantImage::check(&request.image, tenant.id, &app.site.registry_authorities())
         .map_err(|error| ApiError::new(ErrorCode::ImageMismatch, error.to_string()))?;
+    // Before the transaction, which must not wait for the disk. What it found stays: it is young again by being found.
+    let pushed = pushed_digest(&app, &tenant, request.digest.as_deref()).await;
     let mut tx = app.db.begin().await?;
     let tenant = store::lock(&mut tx, tenant.id).await?.ok_or_else(|| Failure::not_found("tenant"))?;
     if let Some(earlier) = store::deployment_by_key(&mut tx, tenant.id, &key).await? {
         return repeated(&app, &tenant, &request, &earlier);
     }
     state::apply(tenant.phase, TenantEvent::DeployAsked).map_err(ApiError::from)?;
-    let digest = pushed_digest(&app, &tenant, request.digest.as_deref()).await?;
+    let digest = pushed?;
     let id = DeploymentId::new();
     let workflow = DeployTenant { tenant: tenant.id, deployment: id };
     let operation =

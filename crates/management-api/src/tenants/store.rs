@@ -485,12 +485,12 @@ pub(crate) async fn note_exit(pool: &PgPool, id: DeploymentId, exit: &str) -> Re
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::identity::{Role, testing::TestDatabase};
     use systemprompt_contract::CheckoutId;
 
-    async fn tenant_row(database: &TestDatabase) -> TenantId {
+    pub(crate) async fn tenant_row(database: &TestDatabase) -> TenantId {
         let account = database.account("ada@example.com", Role::Member).await.id;
         let (id, checkout) = (TenantId::new(), CheckoutId::new());
         sqlx::query(
@@ -513,13 +513,12 @@ mod tests {
         id
     }
 
-    /// Deploys `releases` images one after the other and returns their digests, oldest first.
-    async fn release(database: &TestDatabase, tenant: TenantId, releases: u8) -> Vec<Digest> {
-        let mut digests = Vec::new();
-        for number in 0..releases {
-            let (id, operation, digest) = (DeploymentId::new(), OperationId::new(), Digest::of(&[number]));
+    /// Deploys images one after the other.
+    pub(crate) async fn release(database: &TestDatabase, tenant: TenantId, digests: &[Digest]) {
+        for digest in digests {
+            let (id, operation) = (DeploymentId::new(), OperationId::new());
             let key = id.to_string();
-            let new = NewDeployment { id, tenant, image: "i", digest: &digest, operation, key: &key };
+            let new = NewDeployment { id, tenant, image: "i", digest, operation, key: &key };
             let mut tx = database.db.begin().await.unwrap();
             insert_deployment(&mut tx, &new).await.unwrap();
             let moved = Moved { operation: Some(operation), ..Moved::default() };
@@ -529,16 +528,15 @@ mod tests {
             make_live(&mut tx, tenant, id).await.unwrap();
             advance(&mut tx, tenant, TenantEvent::DeploySucceeded, Moved::default()).await.unwrap();
             tx.commit().await.unwrap();
-            digests.push(digest);
         }
-        digests
     }
 
     #[tokio::test]
     async fn the_ten_newest_releases_keep_their_images() {
         let database = TestDatabase::start().await;
         let tenant = tenant_row(&database).await;
-        let digests = release(&database, tenant, 13).await;
+        let digests: Vec<_> = (0..13).map(|number| Digest::of(&[number])).collect();
+        release(&database, tenant, &digests).await;
         let mut kept: Vec<Digest> =
             kept_images(database.db.pool(), 10).await.unwrap().into_iter().map(|(_, digest)| digest).collect();
         let mut newest = digests[3..].to_vec();

@@ -40,8 +40,12 @@ impl Refusal {
     pub(super) fn denied() -> Self {
         Self::new(StatusCode::FORBIDDEN, "DENIED", "the token does not allow this; ask for one that does")
     }
-    pub(super) fn method() -> Self {
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", "this registry does not offer that")
+    /// With the methods that there are (RFC 9110, 15.5.6).
+    pub(super) fn method(allowed: &'static str) -> Self {
+        let message = "this registry does not offer that";
+        let mut refusal = Self::new(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", message);
+        refusal.more = Some((header::ALLOW, HeaderValue::from_static(allowed)));
+        refusal
     }
     pub(super) fn name_unknown() -> Self {
         Self::new(StatusCode::NOT_FOUND, "NAME_UNKNOWN", "no such repository")
@@ -80,6 +84,9 @@ impl Refusal {
             "BLOB_UPLOAD_INVALID",
             "no bytes came for a minute; go on where it stands",
         )
+    }
+    pub(super) fn manifest_timeout() -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, "MANIFEST_INVALID", "the manifest did not come within a minute")
     }
     fn disk_full() -> Self {
         let message = "the registry's disk is full; what was stored before is intact; try again when there is room";
@@ -145,6 +152,7 @@ impl From<PutError> for Refusal {
         match error {
             PutError::Store(error) => error.into(),
             PutError::QuotaExceeded => Self::quota(),
+            PutError::UnpacksTooLarge { .. } => Self::manifest_too_large(error),
             PutError::BlobsUnknown(_) => Self::new(StatusCode::BAD_REQUEST, "MANIFEST_BLOB_UNKNOWN", error),
             other => Self::manifest_invalid(other),
         }

@@ -17,7 +17,7 @@ const READ_BUFFER: usize = 1 << 17;
 /// GET and HEAD of a blob that the tenant has pushed; GET understands one range (RFC 9110, 14).
 pub(super) async fn answer(call: &Call<'_>, digest: Option<Digest>) -> Result<Response, Refusal> {
     if !matches!(call.method, Method::GET | Method::HEAD) {
-        return Err(Refusal::method());
+        return Err(Refusal::method("GET, HEAD"));
     }
     call.may_read()?;
     let digest = digest.ok_or_else(Refusal::blob_unknown)?;

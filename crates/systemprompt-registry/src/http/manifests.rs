@@ -8,8 +8,13 @@ use axum::{body::Body, response::Response};
 use bytes::Bytes;
 use http::{Method, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use std::time::Duration;
 use systemprompt_contract::{IMAGE_REPOSITORY, TenantTag};
 use systemprompt_oci::{Digest, Manifest};
+use tokio_util::sync::CancellationToken;
+
+/// A manifest has some kilobytes.
+const BODY_TIME: Duration = Duration::from_mins(1);
 
 /// GET, HEAD and PUT of a manifest, by its digest or by the tenant's own tag. Any other tag is unknown.
 pub(super) async fn answer(call: &Call<'_>, reference: Reference, body: Body) -> Result<Response, Refusal> {
@@ -20,7 +25,7 @@ pub(super) async fn answer(call: &Call<'_>, reference: Reference, body: Body) ->
     match call.method {
         Method::GET | Method::HEAD => get(call, &reference).await,
         Method::PUT => put(call, reference, body).await,
-        _ => Err(Refusal::method()),
+        _ => Err(Refusal::method("GET, HEAD, PUT")),
     }
 }
 
@@ -49,21 +54,27 @@ async fn put(call: &Call<'_>, reference: Reference, body: Body) -> Result<Respon
     call.may_write()?;
     let content_type = call.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let content_type = content_type.map(|value| value.split(';').next().unwrap_or_default().trim().to_owned());
-    let bytes = read_body(body).await?;
+    let tenant = call.grant.tenant;
+    // One manifest of a tenant at a time, from the first byte of its body: no tenant fills the memory with bodies that
+    // wait, or takes all the turns.
+    let turn = call.registry.0.turns.lock(tenant).await;
+    let bytes = tokio::time::timeout(BODY_TIME, read_body(body)).await.map_err(|_| Refusal::manifest_timeout())??;
     if let Reference::Digest(expected) = reference
         && Digest::of(&bytes) != expected
     {
         return Err(Refusal::digest_invalid("the manifest that came has another digest than its address"));
     }
-    let tenant = call.grant.tenant;
     let tagged = matches!(reference, Reference::Tag(_));
     let checks = call.registry.0.checks.clone();
     let permit = checks.acquire_owned().await.expect("the semaphore is never closed");
+    let abandoned = CancellationToken::new();
+    let _abandons_when_dropped = abandoned.clone().drop_guard();
     let digest = call
         .registry
         .blocking(move |inner| {
-            let _permit = permit; // held by the work itself, which goes on when the client goes away
-            manifest::put(inner, tenant, &bytes, content_type.as_deref(), tagged)
+            // Held by the work itself: when the client goes away, it goes on to the end of the layer that it reads.
+            let _held = (turn, permit);
+            manifest::put(inner, tenant, &bytes, content_type.as_deref(), tagged, &abandoned)
         })
         .await?;
     let response = Response::builder()

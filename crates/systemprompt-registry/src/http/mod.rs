@@ -106,14 +106,14 @@ impl Call<'_> {
 fn root(call: &Call<'_>) -> Result<Response, Refusal> {
     match call.method {
         Method::GET | Method::HEAD => Ok(json(StatusCode::OK, "{}".to_owned())),
-        _ => Err(Refusal::method()),
+        _ => Err(Refusal::method("GET, HEAD")),
     }
 }
 
 /// Only the tenant's own tag exists for it.
 async fn tags(call: &Call<'_>) -> Result<Response, Refusal> {
     if !matches!(call.method, Method::GET | Method::HEAD) {
-        return Err(Refusal::method());
+        return Err(Refusal::method("GET, HEAD"));
     }
     call.may_read()?;
     let tenant = call.grant.tenant;
@@ -126,4 +126,81 @@ fn json(status: StatusCode, body: String) -> Response {
     let mut response = (status, body).into_response();
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{RegistryConfig, TokenKey};
+    use bytes::Bytes;
+    use chrono::TimeDelta;
+    use futures_util::{poll, stream};
+    use std::{
+        pin::pin,
+        sync::{
+            Arc,
+            atomic::{AtomicBool, Ordering},
+        },
+    };
+    use systemprompt_contract::TenantId;
+    use uuid::Uuid;
+
+    const QUOTA: u64 = 1 << 20;
+
+    fn registry(dir: &tempfile::TempDir) -> Registry {
+        let config = RegistryConfig {
+            root: dir.path().to_owned(),
+            max_blob_bytes: QUOTA,
+            tenant_quota_bytes: QUOTA,
+            max_unpacked_bytes: QUOTA,
+        };
+        Registry::open(config, TokenKey::from_bytes(&[7; 32])).expect("registry")
+    }
+
+    /// The status of the answer to a PUT below the tenant's repository.
+    async fn put(registry: &Registry, tenant: TenantId, path: &str, body: Body) -> StatusCode {
+        let grant = Grant { tenant, push: true, pull: true, expires_at: Utc::now() + TimeDelta::minutes(1) };
+        let token = registry.0.key.mint(&grant);
+        let request = Request::put(format!("/v2/{IMAGE_REPOSITORY}/{path}"))
+            .header(header::AUTHORIZATION, format!("Bearer {}", token.expose()))
+            .body(body)
+            .expect("request");
+        answer(State(registry.clone()), request).await.status()
+    }
+
+    #[tokio::test]
+    async fn of_one_tenant_only_one_manifest_is_taken_in_at_a_time() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (registry, tenant, other) = (registry(&dir), TenantId::new(), TenantId::new());
+        let is_read = Arc::new(AtomicBool::new(false));
+        let reads = is_read.clone();
+        let body = Body::from_stream(stream::once(async move {
+            reads.store(true, Ordering::SeqCst);
+            Ok::<_, std::io::Error>(Bytes::from_static(b"{}"))
+        }));
+        let turn = registry.0.turns.lock(tenant).await;
+        let path = format!("manifests/{}", TenantTag(tenant));
+        let mut waits = pin!(put(&registry, tenant, &path, body));
+        assert!(poll!(&mut waits).is_pending());
+        let others = format!("manifests/{}", TenantTag(other));
+        assert_eq!(put(&registry, other, &others, Body::from("{}")).await, StatusCode::BAD_REQUEST);
+        assert!(poll!(&mut waits).is_pending() && !is_read.load(Ordering::SeqCst), "its body waits in the network");
+        drop(turn);
+        assert_eq!(waits.await, StatusCode::BAD_REQUEST);
+        assert!(is_read.load(Ordering::SeqCst));
+    }
+
+    #[tokio::test]
+    async fn nothing_is_kept_of_uploads_that_are_none() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (registry, tenant) = (registry(&dir), TenantId::new());
+        for query in ["", "?digest=nonsense", "?digest=sha256:00"] {
+            let path = format!("blobs/uploads/{}{query}", Uuid::new_v4());
+            assert!(put(&registry, tenant, &path, Body::empty()).await.is_client_error());
+        }
+        let digest = systemprompt_oci::Digest::of(b"");
+        let path = format!("blobs/uploads/{}?digest={digest}", Uuid::new_v4());
+        assert_eq!(put(&registry, tenant, &path, Body::empty()).await, StatusCode::NOT_FOUND);
+        assert_eq!(registry.0.uploads.len(), 0);
+    }
 }

@@ -23,12 +23,15 @@ const IDLE: Duration = Duration::from_mins(1);
 const DRAIN_BYTES: u64 = 256 << 20;
 const DRAIN_TIME: Duration = Duration::from_secs(20);
 
+/// What an upload understands.
+const METHODS: &str = "GET, PATCH, PUT, DELETE";
+
 const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");
 
 /// `POST …/blobs/uploads/`: begins an upload, takes a whole blob (`?digest=`), or mounts one (`?mount=&from=`).
 pub(super) async fn begin(call: &Call<'_>, body: Body) -> Result<Response, Refusal> {
     if call.method != Method::POST {
-        return Err(Refusal::method());
+        return Err(Refusal::method("POST"));
     }
     call.may_write()?;
     let tenant = call.grant.tenant;
@@ -40,13 +43,13 @@ pub(super) async fn begin(call: &Call<'_>, body: Body) -> Result<Response, Refus
     let Some(digest) = digest else {
         return Ok(progress(StatusCode::ACCEPTED, upload, 0));
     };
-    let locked = call.registry.0.uploads.lock(UploadKey { tenant, upload }).await;
+    let locked = LockedUpload::lock(&call.registry.0, UploadKey { tenant, upload }).await;
     let received = receive(call, locked, body, None).await;
     match received {
         Ok(locked) => commit(call.registry, locked, digest).await,
         Err(refusal) => {
             // Nobody was told the id, so nobody can go on.
-            let locked = call.registry.0.uploads.lock(UploadKey { tenant, upload }).await;
+            let locked = LockedUpload::lock(&call.registry.0, UploadKey { tenant, upload }).await;
             let _ = call.registry.blocking(move |inner| locked.cancel(inner)).await;
             Err(refusal)
         }
@@ -68,34 +71,36 @@ async fn mountable(call: &Call<'_>) -> Result<Option<Digest>, Refusal> {
 /// `…/blobs/uploads/ID`: PATCH adds, PUT finishes, GET asks how far it is, DELETE gives up.
 pub(super) async fn answer(call: &Call<'_>, upload: Option<Uuid>, body: Body) -> Result<Response, Refusal> {
     if !matches!(call.method, Method::PATCH | Method::PUT | Method::GET | Method::DELETE) {
-        return Err(Refusal::method());
+        return Err(Refusal::method(METHODS));
     }
     call.may_write()?;
     let upload = upload.ok_or_else(Refusal::upload_unknown)?;
     let key = UploadKey { tenant: call.grant.tenant, upload };
     let registry = call.registry;
-    let mut locked = registry.0.uploads.lock(key).await;
     match call.method {
         Method::PATCH => {
-            let mut locked = receive(call, locked, body, content_range(&call.headers)?).await?;
+            let range = content_range(&call.headers)?;
+            let mut locked = receive(call, LockedUpload::lock(&registry.0, key).await, body, range).await?;
             let offset = registry.blocking(move |inner| locked.offset(inner)).await?;
             Ok(progress(StatusCode::ACCEPTED, upload, offset))
         }
         Method::PUT => {
             let digest = call.query_value("digest").ok_or_else(|| Refusal::digest_invalid("expected `?digest=`"))?;
-            let digest = parse_digest(&digest)?;
-            let locked = receive(call, locked, body, content_range(&call.headers)?).await?;
+            let (digest, range) = (parse_digest(&digest)?, content_range(&call.headers)?);
+            let locked = receive(call, LockedUpload::lock(&registry.0, key).await, body, range).await?;
             commit(registry, locked, digest).await
         }
         Method::GET => {
+            let mut locked = LockedUpload::lock(&registry.0, key).await;
             let offset = registry.blocking(move |inner| locked.offset(inner)).await?;
             Ok(progress(StatusCode::NO_CONTENT, upload, offset))
         }
         Method::DELETE => {
+            let locked = LockedUpload::lock(&registry.0, key).await;
             registry.blocking(move |inner| locked.cancel(inner)).await?;
             Ok(empty(StatusCode::NO_CONTENT, &[]))
         }
-        _ => Err(Refusal::method()),
+        _ => Err(Refusal::method(METHODS)),
     }
 }
 
@@ -109,22 +114,29 @@ async fn receive(
     call: &Call<'_>,
     mut locked: LockedUpload,
     mut body: Body,
-    range: Option<(u64, u64)>,
+    range: Option<Chunk>,
 ) -> Result<LockedUpload, Refusal> {
     let registry = call.registry;
-    let (start, length) = (range.map(|(start, _)| start), call.content_length());
-    if let (Some((start, end)), Some(length)) = (range, length)
-        && end - start + 1 != length
+    let (start, announced) = (range.map(|chunk| chunk.start), range.map(|chunk| chunk.length));
+    if let (Some(announced), Some(length)) = (announced, call.content_length())
+        && announced != length
     {
         return Err(Refusal::upload_invalid("Content-Range and Content-Length do not fit together"));
     }
+    let length = call.content_length().or(announced);
     let expected = registry.blocking(move |inner| locked.expect(inner, start, length).map(|()| locked)).await;
     let mut locked = match expected {
         Ok(locked) => locked,
         Err(error) => return Err(refused(error.into(), body).await),
     };
+    let mut received = 0;
     loop {
         let (batch, ended) = next_batch(&mut body).await?;
+        received += batch.iter().map(|piece| piece.len() as u64).sum::<u64>();
+        if announced.is_some_and(|announced| received > announced) {
+            let refusal = Refusal::upload_invalid("more bytes came than Content-Range announces");
+            return Err(refused(refusal, body).await);
+        }
         if !batch.is_empty() {
             locked = match registry.blocking(move |inner| locked.append(inner, &batch)).await {
                 Ok(locked) => locked,
@@ -133,6 +145,10 @@ async fn receive(
         }
         match ended {
             Ended::No => {}
+            Ended::Complete if announced.is_some_and(|announced| received != announced) => {
+                let message = "fewer bytes came than Content-Range announces; go on where it stands";
+                return Err(Refusal::upload_invalid(message));
+            }
             Ended::Complete => return Ok(locked),
             Ended::CutOff => return Err(Refusal::upload_invalid("the request was cut off; go on where it stands")),
             Ended::Idle => return Err(Refusal::timeout()),
@@ -181,13 +197,23 @@ async fn refused(refusal: Refusal, mut body: Body) -> Refusal {
     refusal
 }
 
+/// What a Content-Range announces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Chunk {
+    start: u64,
+    length: u64,
+}
+
 /// `START-END`, both ends included, as the specification writes it (no unit).
-fn content_range(headers: &HeaderMap) -> Result<Option<(u64, u64)>, Refusal> {
+fn content_range(headers: &HeaderMap) -> Result<Option<Chunk>, Refusal> {
     let Some(value) = headers.get(header::CONTENT_RANGE) else { return Ok(None) };
     let parsed = value.to_str().ok().and_then(|text| {
+        let number = |text: &str| -> Option<u64> {
+            text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())? // `parse` alone takes a sign
+        };
         let (start, end) = text.split_once('-')?;
-        let (start, end) = (start.parse().ok()?, end.parse().ok()?);
-        (start <= end).then_some((start, end))
+        let (start, end) = (number(start)?, number(end)?);
+        Some(Chunk { start, length: end.checked_sub(start)?.checked_add(1)? })
     });
     parsed.map(Some).ok_or_else(|| Refusal::upload_invalid("expected a Content-Range such as 0-1023"))
 }
@@ -223,4 +249,23 @@ fn empty(status: StatusCode, headers: &[(HeaderName, String)]) -> Response {
         response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_content_range_is_two_numbers_that_make_a_length() {
+        let read = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::CONTENT_RANGE, value.parse().expect("header"));
+            content_range(&headers).ok().flatten()
+        };
+        assert_eq!(read("0-0"), Some(Chunk { start: 0, length: 1 }));
+        assert_eq!(read("5-9"), Some(Chunk { start: 5, length: 5 }));
+        for bad in ["", "-", "5-", "-5", "9-5", "+5-9", "5-+9", " 5-9", "0-18446744073709551615", "bytes 0-1/2"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Who sees what: absent and not yours are one answer.
 
-use crate::support::{Image, Server, error_code};
+use crate::support::{Image, Server, config, error_code};
 use chrono::{TimeDelta, Utc};
 use reqwest::{Method, Response, StatusCode};
 use std::collections::BTreeMap;
@@ -87,6 +87,31 @@ async fn contents_are_shared_on_disk_but_must_be_pushed_by_each() {
     server.registry.remove_tenant(one.id).await.expect("disk");
     assert_eq!(two.send(Method::GET, &layer).await.bytes().await.expect("body"), image.layer);
     server.registry.image(two.id, &image.digest()).await.expect("still whole");
+}
+
+#[tokio::test]
+async fn what_was_found_out_about_a_layer_is_the_tenants_own() {
+    let dir = tempfile::tempdir().expect("dir");
+    let server = Server::start_in(config(dir.path())).await;
+    let (owner, stranger) = (server.tenant(), server.tenant());
+    let image = Image::new("app", b"program");
+    let layer = Digest::of(&image.layer);
+    owner.push(&image).await;
+    let verdict_of = |id: TenantId| dir.path().join("tenants").join(id.to_string()).join("checked").join(layer.hex());
+    let path = verdict_of(owner.id);
+    let verdict = std::fs::read_to_string(&path).expect("a verdict");
+    // Whoever reads this one is misled, and nobody else does.
+    let diff_id = verdict.split_whitespace().nth(1).expect("a diff id");
+    let misleading = verdict.replace(diff_id, &Digest::of(b"other").to_string());
+    std::fs::write(&path, &misleading).expect("write");
+    assert_eq!(error_code(owner.put_manifest(&owner.tag(), &image.manifest).await).await, "MANIFEST_INVALID");
+    stranger.push(&image).await;
+    assert_eq!(std::fs::read_to_string(verdict_of(stranger.id)).expect("its own"), verdict);
+    // Found by other rules: as if it were not there.
+    let (_, rest) = misleading.split_once(' ').expect("the rules first");
+    std::fs::write(&path, format!("0 {rest}")).expect("write");
+    owner.push(&image).await;
+    assert_eq!(std::fs::read_to_string(&path).expect("made anew"), verdict);
 }
 
 #[tokio::test]

@@ -65,7 +65,6 @@ async fn kept_and_young_stay_the_rest_goes() {
     collect(&server, &[]).await;
     assert_eq!(blob_count(dir.path()), 0);
     assert_eq!(fs::read_dir(dir.path().join("tenants")).expect("tenants").count(), 0);
-    assert_eq!(fs::read_dir(dir.path().join("checked")).expect("checked").count(), 0);
 }
 
 #[tokio::test]
@@ -82,6 +81,22 @@ async fn a_blob_the_client_was_told_about_survives_until_its_manifest_comes() {
     assert_eq!(collect(&server, &[]).await.blobs, 1, "only the configuration, which nobody asked for");
     tenant.push_blob(&image.config).await;
     assert_eq!(tenant.put_manifest(&tenant.tag(), &image.manifest).await.status(), StatusCode::CREATED);
+}
+
+#[tokio::test]
+async fn what_a_deploy_has_just_checked_is_young_again() {
+    let dir = tempfile::tempdir().expect("dir");
+    let server = Server::start_in(config(dir.path())).await;
+    let tenant = server.tenant();
+    let (deployed, other) = (Image::new("app", b"deployed again"), Image::new("app", b"nobody asks for it"));
+    tenant.push(&deployed).await;
+    tenant.push(&other).await;
+    age(dir.path(), 2 * HOUR);
+    // The rows were read before, so they do not name it.
+    server.registry.image(tenant.id, &deployed.digest()).await.expect("accepted");
+    assert_eq!(collect(&server, &[]).await.manifests, 1);
+    is_whole(&tenant, deployed.digest()).await;
+    assert!(matches!(server.registry.image(tenant.id, &other.digest()).await, Err(ImageError::NotFound)));
 }
 
 /// Reads the image from disk, every byte.

@@ -1,6 +1,7 @@
 //! What the registry hands to compute.
 
-use crate::support::{Image, Server, architecture, config, gzip, tar_of};
+use crate::support::{Image, Server, architecture, config, error_code, gzip, tar_of};
+use reqwest::{Method, StatusCode};
 use std::fs;
 use systemprompt_contract::TenantId;
 use systemprompt_oci::Digest;
@@ -50,4 +51,39 @@ async fn an_image_that_cannot_run_says_why() {
     fs::write(manifest, "{}").expect("write");
     let error = server.registry.image(tenant.id, &digest).await.expect_err("damaged");
     assert!(matches!(error, ImageError::Invalid(InvalidImage::Damaged { .. })));
+}
+
+#[tokio::test]
+async fn a_damaged_blob_is_mended_by_pushing_again() {
+    let dir = tempfile::tempdir().expect("dir");
+    let server = Server::start_in(config(dir.path())).await;
+    let tenant = server.tenant();
+    let image = Image::new("app", b"program");
+    let same_size = |blob: &[u8]| blob.iter().map(|byte| byte ^ 1).collect::<Vec<u8>>();
+    let cut = |blob: &[u8]| blob[..blob.len() / 2].to_vec();
+    let put = async || tenant.put_manifest(&tenant.tag(), &image.manifest).await;
+    for blob in [&image.layer, &image.config] {
+        for damage in [&same_size as &dyn Fn(&[u8]) -> Vec<u8>, &cut] {
+            tenant.push_blob(&image.layer).await;
+            tenant.push_blob(&image.config).await;
+            let digest = Digest::of(blob);
+            fs::write(dir.path().join("blobs").join(digest.hex()), damage(blob)).expect("write");
+            let path = format!("blobs/{digest}");
+            assert_eq!(tenant.status(Method::HEAD, &path).await, StatusCode::OK, "it looks as if it were there");
+            assert_eq!(error_code(put().await).await, "MANIFEST_BLOB_UNKNOWN");
+            assert_eq!(tenant.status(Method::HEAD, &path).await, StatusCode::NOT_FOUND, "so that it is sent again");
+        }
+    }
+    tenant.push(&image).await;
+
+    // What was read before and still has its size is found by whoever cannot unpack it.
+    let layer = Digest::of(&image.layer);
+    fs::write(dir.path().join("blobs").join(layer.hex()), same_size(&image.layer)).expect("write");
+    server.registry.image(tenant.id, &image.digest()).await.expect("seems whole");
+    let removed = async || server.registry.remove_damaged(tenant.id, &image.digest()).await.expect("disk");
+    assert_eq!(removed().await, 1);
+    assert_eq!(tenant.status(Method::HEAD, &format!("blobs/{layer}")).await, StatusCode::NOT_FOUND);
+    tenant.push(&image).await;
+    assert_eq!(removed().await, 0);
+    server.registry.image(tenant.id, &image.digest()).await.expect("whole again");
 }

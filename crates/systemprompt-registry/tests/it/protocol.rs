@@ -1,9 +1,11 @@
 //! The distribution API, request by request.
 
-use crate::support::{Image, Server, error_code, gzip, location, noise, tar_of};
-use reqwest::{Method, StatusCode};
+use crate::support::{Image, MIB, Server, config, error_code, gzip, location, noise, tar_of};
+use futures_util::stream;
+use reqwest::{Body, Method, StatusCode};
 use systemprompt_contract::IMAGE_REPOSITORY;
 use systemprompt_oci::{Digest, Manifest, media_type};
+use systemprompt_registry::RegistryConfig;
 
 #[tokio::test]
 async fn an_image_comes_back_as_it_was_pushed() {
@@ -87,6 +89,62 @@ async fn chunks_must_follow_each_other() {
     let stored = tenant.send(Method::GET, &format!("blobs/{digest}")).await.bytes().await.expect("body");
     assert_eq!(stored, content);
     assert_eq!(tenant.status(Method::GET, &upload).await, StatusCode::NOT_FOUND, "the upload is over");
+}
+
+#[tokio::test]
+async fn a_chunk_without_a_length_is_held_to_what_it_announces() {
+    let server = Server::start().await;
+    let tenant = server.tenant();
+    let upload = tenant.begin().await;
+    // Without Content-Length: chunked transfer.
+    let patch = async |range: &str, body: &'static [u8]| {
+        let body = Body::wrap_stream(stream::iter([Ok::<_, std::io::Error>(body)]));
+        let request = tenant.request(Method::PATCH, &upload).header("content-range", range).body(body);
+        let response = request.send().await.expect("an answer");
+        let standing = tenant.send(Method::GET, &upload).await.headers()["range"].to_str().expect("text").to_owned();
+        (response.status(), standing)
+    };
+    assert_eq!(patch("0-4", b"01234").await, (StatusCode::ACCEPTED, "0-4".to_owned()));
+    assert_eq!(patch("5-6", b"56789").await, (StatusCode::BAD_REQUEST, "0-4".to_owned()), "more than announced");
+    let fewer = patch("5-99", b"56789").await;
+    assert_eq!(fewer, (StatusCode::BAD_REQUEST, "0-9".to_owned()), "a prefix, with which the client may go on");
+    assert_eq!(patch("10-18446744073709551615", b"x").await.0, StatusCode::PAYLOAD_TOO_LARGE);
+    assert_eq!(patch("+10-10", b"x").await.0, StatusCode::BAD_REQUEST);
+    let done = tenant.send(Method::PUT, &format!("{upload}?digest={}", Digest::of(b"0123456789"))).await;
+    assert_eq!(done.status(), StatusCode::CREATED);
+}
+
+#[tokio::test]
+async fn one_image_is_not_read_without_end() {
+    let dir = tempfile::tempdir().expect("dir");
+    let server = Server::start_in(RegistryConfig { max_unpacked_bytes: MIB, ..config(dir.path()) }).await;
+    let tenant = server.tenant();
+    let image = Image::new("app", &noise(600_000, 14));
+    tenant.push(&image).await;
+    // The same layer twice: the second is not read, and counts all the same, as it does when it is unpacked.
+    let diff_id = Digest::of(&tar_of("app", &noise(600_000, 14)));
+    let twice = |first: &str, second: &str| {
+        let layer = |kind| serde_json::json!({ "mediaType": kind, "digest": Digest::of(&image.layer), "size": image.layer.len() });
+        let text = String::from_utf8(image.config.clone()).expect("text");
+        let config = text.replace(&format!("\"{diff_id}\""), &format!("\"{diff_id}\",\"{diff_id}\"")).into_bytes();
+        let manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": media_type::OCI_MANIFEST,
+            "config": { "mediaType": media_type::OCI_CONFIG, "digest": Digest::of(&config), "size": config.len() },
+            "layers": [layer(first), layer(second)],
+        });
+        (config, manifest.to_string().into_bytes())
+    };
+    for (second, expected) in [
+        (media_type::OCI_LAYER_GZIP, (StatusCode::PAYLOAD_TOO_LARGE, "unpack to at most 1048576 bytes")),
+        (media_type::DOCKER_LAYER_GZIP, (StatusCode::BAD_REQUEST, "two media types")),
+    ] {
+        let (config, manifest) = twice(media_type::OCI_LAYER_GZIP, second);
+        tenant.push_blob(&config).await;
+        let response = tenant.put_manifest(&tenant.tag(), &manifest).await;
+        let (status, text) = (response.status(), response.text().await.expect("text"));
+        assert!(status == expected.0 && text.contains(expected.1), "{status} {text}");
+    }
 }
 
 #[tokio::test]
@@ -180,15 +238,18 @@ async fn what_is_not_offered_says_so() {
     let server = Server::start().await;
     let tenant = server.tenant();
     let digest = tenant.push(&Image::new("app", b"program")).await;
-    for (method, path) in [
-        (Method::DELETE, format!("manifests/{digest}")),
-        (Method::DELETE, format!("blobs/{digest}")),
-        (Method::PUT, "tags/list".to_owned()),
-        (Method::GET, "blobs/uploads/".to_owned()),
-        (Method::POST, "/v2/".to_owned()),
+    let upload = tenant.begin().await;
+    for (method, path, allowed) in [
+        (Method::DELETE, format!("manifests/{digest}"), "GET, HEAD, PUT"),
+        (Method::DELETE, format!("blobs/{digest}"), "GET, HEAD"),
+        (Method::PUT, "tags/list".to_owned(), "GET, HEAD"),
+        (Method::GET, "blobs/uploads/".to_owned(), "POST"),
+        (Method::POST, upload, "GET, PATCH, PUT, DELETE"),
+        (Method::POST, "/v2/".to_owned(), "GET, HEAD"),
     ] {
         let response = tenant.send(method.clone(), &path).await;
         assert_eq!(response.status(), StatusCode::METHOD_NOT_ALLOWED, "{method} {path}");
+        assert_eq!(response.headers()["allow"], allowed, "{method} {path}");
         assert_eq!(error_code(response).await, "UNSUPPORTED");
     }
     let version = tenant.send(Method::GET, "/v2/").await;

@@ -22,7 +22,12 @@ pub(crate) struct Server {
 }
 
 pub(crate) fn config(root: impl Into<PathBuf>) -> RegistryConfig {
-    RegistryConfig { root: root.into(), max_blob_bytes: 64 * MIB, tenant_quota_bytes: 128 * MIB }
+    RegistryConfig {
+        root: root.into(),
+        max_blob_bytes: 64 * MIB,
+        tenant_quota_bytes: 128 * MIB,
+        max_unpacked_bytes: 256 * MIB,
+    }
 }
 
 fn key() -> TokenKey {
