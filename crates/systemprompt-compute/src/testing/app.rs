@@ -12,6 +12,7 @@
 //! | `/link?PATH` | where a symbolic link points |
 //! | `/dial?ADDRESS,…` | of each TCP address, `@abstract` or `/path` socket: `ADDRESS open` or the error |
 //! | `/resolve?ADDRESS` | sends a DNS query by UDP and says whether an answer came |
+//! | `/spray?ADDRESS` | begins 20,000 UDP connections there and says how many went out |
 //! | `/flood?LINES` | answers at once and prints that many numbered lines of 100 bytes |
 //! | `/allocate?MIB` | takes that much memory and touches it |
 //! | `/tasks?N` | starts that many threads and says how many started |
@@ -112,6 +113,7 @@ fn answer(path: &str, argument: &str) -> io::Result<String> {
         }
         "/dial" => Ok(dial_all(argument)),
         "/resolve" => resolve(argument),
+        "/spray" => spray(argument),
         "/flood" => {
             let lines = number()?;
             thread::spawn(move || (0..lines).for_each(|line| say(&format!("{line:09} {}", "x".repeat(89)))));
@@ -171,6 +173,15 @@ fn resolve(server: &str) -> io::Result<String> {
     let mut buffer = [0; 1500];
     let count = socket.recv(&mut buffer)?;
     Ok(format!("{count} bytes"))
+}
+
+/// Each from a port of its own; what a firewall drops on its way out is an error here.
+fn spray(address: &str) -> io::Result<String> {
+    let mut sent = 0;
+    for _ in 0..20_000 {
+        sent += usize::from(UdpSocket::bind("0.0.0.0:0")?.send_to(b"x", address).is_ok());
+    }
+    Ok(sent.to_string())
 }
 
 fn allocate(mib: usize) -> Vec<u8> {
