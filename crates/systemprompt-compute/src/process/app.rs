@@ -126,11 +126,11 @@ impl Inner {
         Ok(uid)
     }
 
-    /// Tells the machine's record what this installation has, when it has anything.
+    /// Tells the machine's record what this installation has; without anything, makes sure that there can be one.
     pub(crate) fn claim(&self) -> io::Result<()> {
         let Some(networks) = &self.networks else { return Ok(()) };
         if self.layout.list_apps()?.is_empty() {
-            return Ok(());
+            return Machine::lock().map(drop);
         }
         let mut slots = Vec::new();
         for app in self.layout.list_apps()? {

@@ -12,7 +12,7 @@
 //! | `/link?PATH` | where a symbolic link points |
 //! | `/dial?ADDRESS,…` | of each TCP address, `@abstract` or `/path` socket: `ADDRESS open` or the error |
 //! | `/resolve?ADDRESS` | sends a DNS query by UDP and says whether an answer came |
-//! | `/spray?ADDRESS` | begins 20,000 UDP connections there and says how many went out |
+//! | `/spray?IP` | sends a datagram to each of 10,000 ports there and says how many went out |
 //! | `/flood?LINES` | answers at once and prints that many numbered lines of 100 bytes |
 //! | `/allocate?MIB` | takes that much memory and touches it |
 //! | `/tasks?N` | starts that many threads and says how many started |
@@ -26,7 +26,7 @@ use std::{
     fmt::Write as _,
     fs,
     io::{self, BufRead, BufReader, Write},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::{
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr as UnixAddress, UnixStream},
@@ -175,12 +175,11 @@ fn resolve(server: &str) -> io::Result<String> {
     Ok(format!("{count} bytes"))
 }
 
-/// Each from a port of its own; what a firewall drops on its way out is an error here.
+/// To a port each; what a firewall drops on its way out is an error here.
 fn spray(address: &str) -> io::Result<String> {
-    let mut sent = 0;
-    for _ in 0..20_000 {
-        sent += usize::from(UdpSocket::bind("0.0.0.0:0")?.send_to(b"x", address).is_ok());
-    }
+    let address: Ipv4Addr = address.parse().map_err(io::Error::other)?;
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let sent = (1..=10_000_u16).filter(|port| socket.send_to(b"x", (address, *port)).is_ok()).count();
     Ok(sent.to_string())
 }
 
