@@ -8,14 +8,18 @@
 //! | `silent` | listens and never answers |
 //! | `lines` | healthy, and writes 10 MB of numbered lines as soon as `/write` is asked for |
 //! | `mortal` | healthy, and ends with code 9 when asked for `/die` |
-//! | `dial` | healthy; `/dial` tries every `host:port` or `unix:path` of the query and lists those that answered |
+//! | `dial` | healthy; `/dial` tries every `host:port`, `udp:host:port`, `unix:path` and `unix:@abstract` of the query and
+//! | | lists those that answered |
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::exit, reason = "it is an app: its output is under test")]
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
-    net::{TcpListener, TcpStream, ToSocketAddrs as _},
-    os::unix::net::UnixStream,
+    net::{TcpListener, TcpStream, ToSocketAddrs as _, UdpSocket},
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::net::{SocketAddr, UnixStream},
+    },
     process::ExitCode,
     thread,
     time::Duration,
@@ -99,14 +103,37 @@ fn write_lines() {
 }
 
 fn dial(query: &str) -> String {
-    let answered: Vec<&str> = query.split(',').filter(|target| !target.is_empty() && answers(target)).collect();
+    let answered = thread::scope(|scope| {
+        let targets = query.split(',').filter(|target| !target.is_empty());
+        let dials: Vec<_> = targets.map(|target| scope.spawn(move || answers(target).then_some(target))).collect();
+        dials.into_iter().filter_map(|dial| dial.join().ok().flatten()).collect::<Vec<_>>()
+    });
     answered.join(",")
 }
 
 fn answers(target: &str) -> bool {
+    if let Some(name) = target.strip_prefix("unix:@") {
+        let address = SocketAddr::from_abstract_name(name);
+        return address.and_then(|address| UnixStream::connect_addr(&address)).is_ok();
+    }
     if let Some(path) = target.strip_prefix("unix:") {
         return UnixStream::connect(path).is_ok();
     }
+    if let Some(address) = target.strip_prefix("udp:") {
+        return datagram(address).is_ok();
+    }
     let Ok(mut addresses) = target.to_socket_addrs() else { return false };
-    addresses.any(|address| TcpStream::connect_timeout(&address, Duration::from_millis(300)).is_ok())
+    addresses.any(|address| TcpStream::connect_timeout(&address, PATIENCE).is_ok())
 }
+
+/// Sends one and waits for one.
+fn datagram(address: &str) -> std::io::Result<()> {
+    let socket = UdpSocket::bind(if address.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" })?;
+    socket.connect(address)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.send(b"anybody?")?;
+    socket.recv(&mut [0; 64]).map(drop)
+}
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_millis(300);

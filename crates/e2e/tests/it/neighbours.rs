@@ -2,8 +2,19 @@
 
 use anyhow::{Context as _, ensure};
 use e2e::{Stack, TestApp, World};
-use std::{collections::BTreeSet, fs, net::Ipv4Addr, process::Command};
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::net::{SocketAddr, UnixListener, UnixStream},
+    },
+    process::Command,
+    time::Duration,
+};
 use systemprompt_contract::TenantId;
+use tokio::net::UdpSocket;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tenant_reaches_no_other_listener_of_the_machine() -> anyhow::Result<()> {
@@ -15,7 +26,11 @@ async fn a_tenant_reaches_no_other_listener_of_the_machine() -> anyhow::Result<(
     World::look(&stack).await?.check(&[victim.id, attacker.id], &[victim.id, attacker.id])?;
 
     let own = "127.0.0.1:8080";
+    let some = SomeOfEach::listen().await?;
     let mut targets = targets(&stack)?;
+    for one in some.check_from_host().await? {
+        ensure!(targets.contains(&one), "{one} is tried: {targets:?}");
+    }
     ensure!(targets.contains(&address_of(&stack, victim.id).await?), "the victim's app is tried: {targets:?}");
     targets.remove(&address_of(&stack, attacker.id).await?);
     let mut reached = BTreeSet::new();
@@ -25,6 +40,7 @@ async fn a_tenant_reaches_no_other_listener_of_the_machine() -> anyhow::Result<(
         reached.extend(answer.split(',').filter(|target| !target.is_empty()).map(str::to_owned));
     }
     ensure!(reached.is_empty(), "reached from inside a tenant: {reached:?}");
+    some.check_silence()?;
     // The probe itself works: it finds its own listener.
     let (_, answer) = stack.get(&attacker, &format!("/dial?{own}")).await?;
     ensure!(answer == own, "{answer:?}");
@@ -39,38 +55,120 @@ async fn address_of(stack: &Stack, tenant: TenantId) -> anyhow::Result<String> {
     address.context("the route names an address")
 }
 
-/// Every listening TCP port of the machine on every address of it and on every tenant's, and the unix sockets.
-fn targets(stack: &Stack) -> anyhow::Result<BTreeSet<String>> {
-    let addresses = Command::new("ip").args(["-4", "-o", "addr"]).output()?;
-    let addresses: BTreeSet<String> = String::from_utf8(addresses.stdout)?
-        .lines()
-        .filter_map(|line| Some(line.split_whitespace().nth(3)?.split('/').next()?.to_owned()))
-        .filter(|address| address != "127.0.0.1")
-        .flat_map(|address| [neighbour(&address), Some(address)].into_iter().flatten().collect::<Vec<_>>())
-        .collect();
-    let mut ports = BTreeSet::from([stack.https_port(), 8080]);
-    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
-        let listening = fs::read_to_string(table)?;
-        let port = |line: &str| {
-            let mut fields = line.split_whitespace();
-            let local = fields.nth(1)?;
-            (fields.nth(1)? == "0A").then(|| u16::from_str_radix(local.rsplit(':').next()?, 16).ok()).flatten()
-        };
-        ports.extend(listening.lines().filter_map(port));
+/// Listeners of each kind, so that there is one whatever else the machine has; all of them answer.
+struct SomeOfEach {
+    four: TcpListener,
+    six: TcpListener,
+    datagrams: [UdpSocket; 2],
+    name: String,
+    local: SocketAddr,
+    _local: UnixListener,
+}
+
+impl SomeOfEach {
+    async fn listen() -> anyhow::Result<Self> {
+        let name = format!("systemprompt-e2e-{}", std::process::id());
+        let local = SocketAddr::from_abstract_name(&name)?;
+        Ok(Self {
+            four: TcpListener::bind("0.0.0.0:0")?,
+            six: TcpListener::bind("[::1]:0")?,
+            datagrams: [UdpSocket::bind("0.0.0.0:0").await?, UdpSocket::bind("[::1]:0").await?],
+            name,
+            _local: UnixListener::bind_addr(&local)?,
+            local,
+        })
     }
-    let mut targets: BTreeSet<String> =
-        addresses.iter().flat_map(|address| ports.iter().map(move |port| format!("{address}:{port}"))).collect();
-    // Loopback inside the tenant is its own: everything but its own port.
-    targets.extend(ports.iter().filter(|port| **port != 8080).map(|port| format!("127.0.0.1:{port}")));
+
+    /// Dials each from outside of any tenant, and says what a tenant would call it.
+    async fn check_from_host(&self) -> anyhow::Result<Vec<String>> {
+        let mut targets = vec![format!("unix:@{}", self.name)];
+        UnixStream::connect_addr(&self.local)?;
+        for (listener, host) in [(&self.four, "127.0.0.1"), (&self.six, "[::1]")] {
+            let target = format!("{host}:{}", listener.local_addr()?.port());
+            TcpStream::connect(&target)?;
+            targets.push(target);
+        }
+        for (socket, host) in self.datagrams.iter().zip(["127.0.0.1", "[::1]"]) {
+            let target = format!("{host}:{}", socket.local_addr()?.port());
+            let client = UdpSocket::bind(format!("{host}:0")).await?;
+            client.send_to(b"host", &target).await?;
+            self.received(b"host").await.with_context(|| format!("a datagram to {target}"))?;
+            targets.push(format!("udp:{target}"));
+        }
+        Ok(targets)
+    }
+
+    async fn received(&self, expected: &[u8]) -> anyhow::Result<()> {
+        let (mut one, mut two) = ([0; 64], [0; 64]);
+        let [first, second] = &self.datagrams;
+        let received = tokio::time::timeout(Duration::from_secs(5), async {
+            tokio::select! {
+                count = first.recv(&mut one) => count.map(|count| one[..count].to_vec()),
+                count = second.recv(&mut two) => count.map(|count| two[..count].to_vec()),
+            }
+        });
+        let received = received.await.context("nothing came")??;
+        ensure!(received == expected, "expected {expected:?}, got {received:?}");
+        Ok(())
+    }
+
+    /// Nothing but what the host sent has ever arrived.
+    fn check_silence(&self) -> anyhow::Result<()> {
+        for socket in &self.datagrams {
+            let mut text = [0; 64];
+            let arrived = socket.try_recv(&mut text);
+            ensure!(arrived.is_err(), "a datagram from inside a tenant: {text:?}");
+        }
+        Ok(())
+    }
+}
+
+/// Every listening port of the machine, TCP and UDP, on every address of it and on every tenant's, and unix sockets.
+fn targets(stack: &Stack) -> anyhow::Result<BTreeSet<String>> {
+    let addresses = Command::new("ip").args(["-o", "addr"]).output()?;
+    let addresses = String::from_utf8(addresses.stdout)?;
+    let addresses: BTreeSet<&str> =
+        addresses.lines().filter_map(|line| line.split_whitespace().nth(3)?.split('/').next()).collect();
+    let (six, four): (BTreeSet<_>, BTreeSet<_>) = addresses.into_iter().partition(|address| address.contains(':'));
+    let neighbours: Vec<_> = four.iter().filter_map(|address| neighbour(address)).collect();
+    // Link-local addresses mean nothing without a link; every listener there listens elsewhere too.
+    let six = six.into_iter().filter(|address| !address.starts_with("fe80")).map(|address| format!("[{address}]"));
+    let four = four.into_iter().map(str::to_owned).chain(neighbours);
+    let addresses: BTreeSet<String> = four.chain(six).collect();
+    let mut ports = listening("tcp")?;
+    ports.extend([stack.https_port(), 8080]);
+    let datagrams = listening("udp")?;
+    let mut targets = BTreeSet::new();
+    for address in &addresses {
+        // Loopback inside the tenant is its own: everything but its own port.
+        let own = |port: u16| port == 8080 && address == "127.0.0.1";
+        targets.extend(ports.iter().filter(|port| !own(**port)).map(|port| format!("{address}:{port}")));
+        targets.extend(datagrams.iter().map(|port| format!("udp:{address}:{port}")));
+    }
     let sockets = fs::read_to_string("/proc/net/unix")?;
     targets.extend(
         sockets
             .lines()
             .filter_map(|line| line.split_whitespace().nth(7))
-            .filter(|path| path.starts_with('/'))
+            // A comma or a sign of URLs would be taken apart on the way.
+            .filter(|path| path.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"/@.-_".contains(&byte)))
             .map(|path| format!("unix:{path}")),
     );
     Ok(targets)
+}
+
+/// Ports that are listened on, both families: in the state `LISTEN`, or open for datagrams of anybody.
+fn listening(protocol: &str) -> anyhow::Result<BTreeSet<u16>> {
+    let mut ports = BTreeSet::new();
+    for table in [format!("/proc/net/{protocol}"), format!("/proc/net/{protocol}6")] {
+        let port = |line: &str| {
+            let fields: Vec<_> = line.split_whitespace().collect();
+            let open = *fields.get(3)? == if protocol == "tcp" { "0A" } else { "07" };
+            open.then(|| u16::from_str_radix(fields[1].rsplit(':').next()?, 16).ok()).flatten()
+        };
+        ports.extend(fs::read_to_string(table)?.lines().filter_map(port));
+    }
+    Ok(ports)
 }
 
 /// The other end of a point-to-point link: a neighbour's own address. The attacker's own is filtered by being itself.

@@ -1,6 +1,6 @@
 //! Which /30 of the pool an instance gets. Pure: what is taken is an argument.
 
-use std::{fmt, net::Ipv4Addr, str::FromStr};
+use std::{collections::BTreeSet, fmt, net::Ipv4Addr, str::FromStr};
 
 /// An IPv4 network, e.g. `10.231.0.0/16`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,10 @@ impl Ipv4Network {
         self.base & shorter == other.base & shorter
     }
 
+    pub(crate) fn contains(self, address: Ipv4Addr) -> bool {
+        u32::from(address) & mask(self.prefix) == self.base
+    }
+
     /// How many /30 networks it holds; at most 16384, since a link's name must hold the number.
     pub(crate) fn slots(self) -> u32 {
         match self.prefix {
@@ -40,11 +44,10 @@ impl Ipv4Network {
     }
 
     /// The number of the first free slot, `preferred` if that is free.
-    pub(crate) fn free_slot(self, preferred: Option<u32>, taken: &[u32], routed: &[Self]) -> Option<u32> {
+    pub(crate) fn free_slot(self, preferred: Option<u32>, taken: &[Self]) -> Option<u32> {
         let free = |slot: &u32| {
             *slot < self.slots()
-                && !taken.contains(slot)
-                && !routed.iter().any(|route| route.prefix > 0 && route.overlaps(self.slot(*slot).network()))
+                && !taken.iter().any(|taken| taken.prefix > 0 && taken.overlaps(self.slot(*slot).network()))
         };
         preferred.filter(free).or_else(|| (0..self.slots()).find(free))
     }
@@ -83,6 +86,10 @@ impl Link {
     pub(crate) fn network(self) -> Ipv4Network {
         Ipv4Network { base: self.base, prefix: 30 }
     }
+    /// What names the network.
+    pub(crate) fn base(self) -> Ipv4Addr {
+        Ipv4Addr::from(self.base)
+    }
     /// The host's end: the instance's gateway.
     pub(crate) fn host(self) -> Ipv4Addr {
         Ipv4Addr::from(self.base + 1)
@@ -93,22 +100,40 @@ impl Link {
     }
 }
 
-/// Routes of the host, from `/proc/net/route`.
+/// Routes of the host, from `/proc/net/route`, without those that only refuse: our own covers the whole pool.
 pub(crate) fn parse_routes(text: &str) -> Vec<Ipv4Network> {
-    let parse = |line: &str| {
-        let mut fields = line.split_ascii_whitespace();
-        let base = u32::from_str_radix(fields.nth(1)?, 16).ok()?.swap_bytes();
-        let mask = u32::from_str_radix(fields.nth(5)?, 16).ok()?.swap_bytes();
+    let parse = |fields: Vec<&str>| {
+        let base = u32::from_str_radix(fields.get(1)?, 16).ok()?.swap_bytes();
+        let mask = u32::from_str_radix(fields.get(7)?, 16).ok()?.swap_bytes();
         Some(Ipv4Network { base, prefix: u8::try_from(mask.leading_ones()).ok()? })
     };
-    text.lines().skip(1).filter_map(parse).collect()
+    routes(text).filter_map(parse).collect()
 }
 
 /// The device of the default route, from the same file.
 pub(crate) fn default_device(text: &str) -> Option<String> {
-    let mut routes = text.lines().skip(1).map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
-    let default = routes.find(|fields| fields.get(1) == Some(&"00000000") && fields.get(7) == Some(&"00000000"))?;
+    let default =
+        routes(text).find(|fields| fields.get(1) == Some(&"00000000") && fields.get(7) == Some(&"00000000"))?;
     Some(default[0].to_owned())
+}
+
+fn routes(text: &str) -> impl Iterator<Item = Vec<&str>> {
+    let leads_somewhere = |fields: &Vec<&str>| {
+        let flags = fields.get(3).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+        flags.is_some_and(|flags| flags & ROUTE_REFUSES == 0)
+    };
+    text.lines().skip(1).map(|line| line.split_ascii_whitespace().collect()).filter(leads_somewhere)
+}
+
+/// `RTF_REJECT`.
+const ROUTE_REFUSES: u32 = 0x0200;
+
+/// Addresses of the host itself, from `/proc/net/fib_trie`, without loopback's.
+pub(crate) fn parse_own_addresses(text: &str) -> BTreeSet<Ipv4Addr> {
+    let lines: Vec<_> = text.lines().map(str::trim).collect();
+    let own = lines.windows(2).filter(|pair| pair[1] == "/32 host LOCAL");
+    let address = |pair: &[&str]| pair[0].strip_prefix("|-- ")?.parse().ok();
+    own.filter_map(address).filter(|address: &Ipv4Addr| !address.is_loopback()).collect()
 }
 
 #[cfg(test)]
@@ -120,6 +145,8 @@ Iface	Destination	Gateway 	Flags	RefCnt	Use	Metric	Mask		MTU	Window	IRTT
 eth0	00000000	010200C0	0003	0	0	0	00000000	0	0	0
 eth0	000200C0	00000000	0001	0	0	0	00FFFFFF	0	0	0
 sp1	0000E70A	00000000	0001	0	0	0	FCFFFFFF	0	0	0
+*	0000E70A	00000000	0201	0	0	268435457	0000FFFF	0	0	0
+*	00000000	00000000	0201	0	0	268435457	00000000	0	0	0
 ";
 
     fn network(text: &str) -> Ipv4Network {
@@ -145,11 +172,31 @@ sp1	0000E70A	00000000	0001	0	0	0	FCFFFFFF	0	0	0
         );
         assert_eq!(default_device(ROUTES).as_deref(), Some("eth0"));
         let pool = network("10.231.0.0/28");
-        assert_eq!(pool.free_slot(None, &[], &routes), Some(1), "slot 0 is routed, the default route is no obstacle");
-        assert_eq!(pool.free_slot(Some(3), &[1], &routes), Some(3));
-        assert_eq!(pool.free_slot(Some(0), &[1], &routes), Some(2));
-        assert_eq!(pool.free_slot(None, &[1, 2, 3], &routes), None);
-        assert_eq!(pool.free_slot(None, &[], &[network("10.0.0.0/8")]), None, "the host's own network is respected");
+        assert_eq!(pool.free_slot(None, &routes), Some(1), "slot 0 is routed, the default route is no obstacle");
+        let taken = [routes, vec![network("10.231.0.4/30")]].concat();
+        assert_eq!(pool.free_slot(Some(3), &taken), Some(3));
+        assert_eq!(pool.free_slot(Some(0), &taken), Some(2));
+        assert_eq!(pool.free_slot(None, &[taken, vec![network("10.231.0.8/29")]].concat()), None);
+        assert_eq!(pool.free_slot(None, &[network("10.0.0.0/8")]), None, "the host's own network is respected");
+    }
+
+    #[test]
+    fn the_host_s_own_addresses_are_found_in_the_table() {
+        let table = "\
+Main:
+     |-- 10.231.0.0
+        /16 universe UNREACHABLE
+Local:
+           |-- 127.0.0.0
+              /8 host LOCAL
+           |-- 127.0.0.1
+              /32 host LOCAL
+           |-- 203.0.113.9
+              /32 host LOCAL
+        |-- 203.0.113.255
+           /32 link BROADCAST
+";
+        assert_eq!(parse_own_addresses(table), BTreeSet::from([Ipv4Addr::new(203, 0, 113, 9)]));
     }
 
     #[test]

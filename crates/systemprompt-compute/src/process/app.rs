@@ -1,15 +1,17 @@
 //! Apps: what all instances of a tenant share, and what the installation keeps in order for all of them.
 
 use super::{
-    host, image,
+    image,
     instance::{Asker, Inner, group},
+    launch::slot,
     layout::{private_directory, read_record, write_record},
     lock::FileLock,
     logs,
+    machine::Machine,
     state::{AppRecord, InstanceRecord, Stage},
 };
 use crate::{AppHandle, AppSpec, DriverError};
-use std::{collections::HashSet, os::unix::fs::chown};
+use std::{collections::HashSet, io, os::unix::fs::chown};
 use systemprompt_contract::AppName;
 use systemprompt_oci::Digest;
 
@@ -116,15 +118,28 @@ impl Inner {
         })?)
     }
 
-    /// The next uid that nobody runs under; none is ever given twice by one installation.
+    /// A uid that no app of this machine ever had.
     fn allocate_uid(&self) -> Result<u32, DriverError> {
         let _installation = FileLock::exclusive(&self.layout.installation_lock())?;
-        let path = self.layout.uids();
-        let mut uid = read_record::<u32>(&path)?.unwrap_or(self.first_uid);
-        while host::tasks_of(uid) > 0 {
-            uid += 1;
-        }
-        write_record(&path, &(uid + 1))?;
+        let uid = Machine::lock()?.give_uid()?;
+        write_record(&self.layout.uids(), &(uid + 1))?;
         Ok(uid)
+    }
+
+    /// Tells the machine's record what this installation has; without anything, makes sure that there can be one.
+    pub(crate) fn claim(&self) -> io::Result<()> {
+        let Some(networks) = &self.networks else { return Ok(()) };
+        if self.layout.list_apps()?.is_empty() {
+            return Machine::lock().map(drop);
+        }
+        let mut slots = Vec::new();
+        for app in self.layout.list_apps()? {
+            for key in self.layout.list_instances(&app)? {
+                let files = self.layout.instance(&key);
+                let record: Option<InstanceRecord> = read_record(&files.record())?;
+                slots.extend(record.as_ref().and_then(slot).map(|slot| (slot, files.directory().to_owned())));
+            }
+        }
+        networks.claim(slots, read_record(&self.layout.uids())?)
     }
 }

@@ -27,7 +27,6 @@ pub(crate) struct Inner {
     pub(crate) layout: Layout,
     pub(crate) config: ProcessConfig,
     pub(crate) bwrap: PathBuf,
-    pub(crate) first_uid: u32,
     /// As root only.
     pub(crate) networks: Option<Networks>,
     /// Where there are any to write to.

@@ -11,7 +11,7 @@ use super::{
     host, image,
     instance::{Asker, GLANCE, Inner, START_PATIENCE, group, kill_launcher, read_status},
     launcher::{Order, Privileged, ResourceLimits},
-    layout::{InstanceFiles, InstanceKey, private_directory, read_record, write_record},
+    layout::{InstanceFiles, InstanceKey, private_directory, write_record},
     lock::FileLock,
     logs,
     network::PORT,
@@ -165,14 +165,15 @@ impl Inner {
         spec: &InstanceSpec,
         before: Option<&InstanceRecord>,
     ) -> Result<Attempt, DriverError> {
-        let path = self.layout.instance(key).record();
+        let files = self.layout.instance(key);
+        let path = files.record();
         let number = before.map_or(1, |record| record.attempt + 1);
         let record = |reach| {
             let boot = host::boot_id()?;
             write_record(&path, &InstanceRecord { image: spec.image, attempt: number, boot, reach })
         };
         if let Some(networks) = &self.networks {
-            let (reach, namespace) = networks.create(before.and_then(slot), || self.slots_of_others(key), record)?;
+            let (reach, namespace) = networks.create(before.and_then(slot), files.directory(), record)?;
             Ok(Attempt { number, reach, namespace: Some(namespace) })
         } else {
             let reach = Reach::Shared { address: free_address()? };
@@ -255,17 +256,6 @@ impl Inner {
             None => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
         }
     }
-
-    fn slots_of_others(&self, own: &InstanceKey) -> io::Result<Vec<u32>> {
-        let mut slots = Vec::new();
-        for app in self.layout.list_apps()? {
-            for key in self.layout.list_instances(&app)?.into_iter().filter(|key| key != own) {
-                let record: Option<InstanceRecord> = read_record(&self.layout.instance(&key).record())?;
-                slots.extend(record.as_ref().and_then(slot));
-            }
-        }
-        Ok(slots)
-    }
 }
 
 fn lock_status(files: &InstanceFiles) -> Result<File, DriverError> {
@@ -282,7 +272,7 @@ fn lock_status(files: &InstanceFiles) -> Result<File, DriverError> {
     }
 }
 
-fn slot(record: &InstanceRecord) -> Option<u32> {
+pub(crate) fn slot(record: &InstanceRecord) -> Option<u32> {
     match record.reach {
         Reach::Namespace { slot, .. } => Some(slot),
         Reach::Shared { .. } => None,

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! installation            six hex digits that tell this installation's chains and links from others' on the machine
-//! uids                    next kernel uid to give away
+//! uids                    how far the kernel uids of its apps go
 //! apps/{app}/app.json     tenant, uid
 //! apps/{app}/storage/     the volume, owned by the app's uid
 //! apps/{app}/instances/{deployment}/{instance.json, status, output, resolv.conf}

@@ -31,6 +31,7 @@ mod launcher;
 mod layout;
 mod lock;
 mod logs;
+mod machine;
 mod network;
 mod open;
 mod plan;
@@ -166,7 +167,8 @@ async fn maintain(inner: Weak<Inner>) {
         let Some(inner) = inner.upgrade() else { return };
         let work = move || {
             inner.maintain()?;
-            if round.is_multiple_of(ROUNDS_PER_REPAIR) { inner.repair_rules() } else { Ok(()) }
+            // With the first at once: nobody repaired them while no driver was open.
+            if round % ROUNDS_PER_REPAIR == 1 { inner.repair_rules() } else { Ok(()) }
         };
         if let Err(error) = blocking(work).await {
             tracing::warn!(%error, "maintenance of instances failed; it is tried again");

@@ -2,12 +2,15 @@
 //!
 //! The namespace is a named one (`ip netns`), made before the instance and entered by the launcher, so that there
 //! is no instant at which an instance runs in another. It has no IPv6: the launcher switches it off inside.
+//!
+//! A route of the whole pool that refuses stays while the installation has apps: what is meant for an instance that
+//! is gone must not leave the machine by the default route.
 
 use super::{
-    address::{Link, default_device, parse_routes},
+    address::{Link, default_device, parse_own_addresses, parse_routes},
     command::Tool,
     firewall::{Egress, Firewall, Tools},
-    lock::FileLock,
+    machine::{Machine, forwarding_of},
     state::Reach,
 };
 use std::{
@@ -21,6 +24,9 @@ use std::{
 /// The port every instance is told to listen on in its own namespace.
 pub(crate) const PORT: u16 = 8080;
 
+/// Behind every route that leads somewhere.
+const REFUSING_METRIC: u32 = 0x1000_0000;
+
 /// Makes and removes instances' networks on this host.
 #[derive(Debug)]
 pub(crate) struct Networks {
@@ -32,53 +38,68 @@ pub(crate) struct Networks {
 }
 
 impl Networks {
-    /// Removes the network the instance had before, picks a free one (the same, if nobody took it), lets the caller
-    /// record it, then makes it. All under a lock of the whole machine: other installations pick from the same ranges.
+    /// Removes the network the instance had before, reserves a free one (the same, if nobody took it) for the
+    /// instance in the directory `owner`, lets the caller record it, then makes it. All under a lock of the whole
+    /// machine: other installations pick from the same ranges.
     ///
     /// # Errors
     /// When the pool is used up or a tool fails; half of a network may then be left, under the recorded number.
     pub(crate) fn create(
         &self,
         before: Option<u32>,
-        taken: impl FnOnce() -> io::Result<Vec<u32>>,
+        owner: &Path,
         record: impl FnOnce(Reach) -> io::Result<()>,
     ) -> io::Result<(Reach, PathBuf)> {
-        let _machine = machine_lock()?;
+        let mut machine = Machine::lock()?;
         if let Some(slot) = before {
             self.remove_network(slot)?;
         }
         let routes = fs::read_to_string("/proc/net/route")?;
-        let pool = self.firewall.pool;
-        let slot = pool.free_slot(before, &taken()?, &parse_routes(&routes)).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::QuotaExceeded, format!("no free /30 network is left in the pool {pool}"))
-        })?;
-        let link = pool.slot(slot);
+        let slot = machine.reserve(self.firewall.pool, owner, before, &parse_routes(&routes))?;
+        let link = self.firewall.pool.slot(slot);
         let reach = Reach::Namespace { slot, address: SocketAddr::from((link.instance(), PORT)) };
         record(reach)?;
         super::crash::point("compute.launch.recorded");
-        self.allow_egress(default_device(&routes).as_deref())?;
+        let device = default_device(&routes);
+        self.put_rules(&mut machine, device.as_deref())?;
         super::crash::point("compute.launch.firewall");
         self.remove_network(slot)?;
-        self.make_network(slot, link, mtu(default_device(&routes).as_deref()))?;
+        self.make_network(slot, link, mtu(device.as_deref()))?;
         Ok((reach, namespace_path(&self.namespace(slot))))
     }
 
-    /// Removes an instance's network; what is gone already is no error.
+    /// Removes an instance's network; what is gone already is no error. The address stays reserved.
     pub(crate) fn remove(&self, slot: u32) -> io::Result<()> {
-        let _machine = machine_lock()?;
+        let _machine = Machine::lock()?;
         self.remove_network(slot)
+    }
+
+    /// Enters in the machine's record what the installation's own say, and refuses what is meant for its instances
+    /// until they run.
+    pub(crate) fn claim(&self, slots: Vec<(u32, PathBuf)>, next_uid: Option<u32>) -> io::Result<()> {
+        let links = slots.into_iter().map(|(slot, owner)| (self.firewall.pool.slot(slot), owner));
+        Machine::lock()?.claim(links, next_uid)?;
+        self.refuse_pool()
     }
 
     /// Puts the rules in force again.
     pub(crate) fn repair_rules(&self) -> io::Result<()> {
-        let _machine = machine_lock()?;
-        self.firewall.ensure(&self.tools).map(drop)
+        let mut machine = Machine::lock()?;
+        self.put_rules(&mut machine, default_device(&fs::read_to_string("/proc/net/route")?).as_deref())
     }
 
     /// Removes the rules, for when the last app has gone.
     pub(crate) fn remove_rules(&self) -> io::Result<()> {
-        let _machine = machine_lock()?;
-        self.firewall.remove(&self.tools)
+        let mut machine = Machine::lock()?;
+        if !any_links()? {
+            machine.restore_forwarding()?;
+        }
+        self.firewall.remove(&self.tools)?;
+        let (pool, metric) = self.refusing_route();
+        if self.ip.run(&["route", "show", "type", "unreachable"], "")?.contains(&format!("metric {metric}")) {
+            self.ip.run(&["route", "del", "unreachable", &pool, "metric", &metric], "")?;
+        }
+        Ok(())
     }
 
     fn make_network(&self, slot: u32, link: Link, mtu: u32) -> io::Result<()> {
@@ -91,7 +112,11 @@ impl Networks {
         super::crash::point("compute.launch.namespace");
         // Before the link is up: it must never have an IPv6 address, which no rule of ours filters.
         set_sysctl(&format!("ipv6/conf/{device}/disable_ipv6"), "1")?;
-        set_sysctl(&format!("ipv4/conf/{device}/forwarding"), "1")?;
+        set_sysctl(&forwarding_of(&device), "1")?;
+        let own = parse_own_addresses(&fs::read_to_string("/proc/net/fib_trie")?);
+        let own = own.into_iter().filter(|address| !self.firewall.pool.contains(*address)).collect();
+        let restore = self.tools.restore.path.to_string_lossy();
+        self.ip.run(&["netns", "exec", &namespace, &restore, "-w", "10"], &self.firewall.inside(link, &own))?;
         self.ip.run(&["-batch", "-"], &format!("addr add {host}/30 dev {device}\nlink set {device} mtu {mtu} up\n"))?;
         self.ip.run(
             &["-n", &namespace, "-batch", "-"],
@@ -120,10 +145,11 @@ impl Networks {
     }
 
     /// Rules always; NAT and forwarding where the kernel has them.
-    fn allow_egress(&self, device: Option<&str>) -> io::Result<()> {
-        let egress = self.firewall.ensure(&self.tools)?;
+    fn put_rules(&self, machine: &mut Machine, device: Option<&str>) -> io::Result<()> {
+        let egress = self.firewall.ensure(&self.tools, &machine.forwarding_for_us(device)?)?;
+        self.refuse_pool()?;
         // Answers come in by this device; the switch for the whole machine is not needed and not touched.
-        let forwarding = device.map_or(Ok(()), |device| set_sysctl(&format!("ipv4/conf/{device}/forwarding"), "1"));
+        let forwarding = device.map_or(Ok(()), |device| set_sysctl(&forwarding_of(device), "1"));
         let reason = match (egress, device, forwarding) {
             (Egress::Nat, Some(_), Ok(())) => return Ok(()),
             (Egress::Unavailable, ..) => "the kernel has no NAT (iptables -t nat)".to_owned(),
@@ -134,6 +160,17 @@ impl Networks {
             tracing::warn!(reason, "instances run without access to the internet");
         }
         Ok(())
+    }
+
+    fn refuse_pool(&self) -> io::Result<()> {
+        let (pool, metric) = self.refusing_route();
+        self.ip.run(&["route", "replace", "unreachable", &pool, "metric", &metric], "").map(drop)
+    }
+
+    /// Each installation has one of its own, told apart by the metric.
+    fn refusing_route(&self) -> (String, String) {
+        let id = u32::from_str_radix(&self.firewall.id, 16).unwrap_or(0);
+        (self.firewall.pool.to_string(), (REFUSING_METRIC + id).to_string())
     }
 
     fn namespace(&self, slot: u32) -> String {
@@ -189,14 +226,37 @@ pub(crate) fn set_sysctl(name: &str, value: &str) -> io::Result<()> {
     }
 }
 
-fn machine_lock() -> io::Result<FileLock> {
-    let directory = if Path::new("/run/lock").is_dir() { "/run/lock" } else { "/run" };
-    FileLock::exclusive(&Path::new(directory).join("systemprompt-network"))
+/// What a switch of the kernel says; nothing where it has none.
+pub(crate) fn sysctl(name: &str) -> String {
+    fs::read_to_string(Path::new("/proc/sys/net").join(name)).unwrap_or_default().trim().to_owned()
+}
+
+/// Whether any installation of this machine has a link: `sp`, six hex digits, a number.
+fn any_links() -> io::Result<bool> {
+    for entry in fs::read_dir("/sys/class/net")? {
+        if entry?.file_name().to_str().is_some_and(is_link) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn is_link(device: &str) -> bool {
+    let parts = device.strip_prefix("sp").and_then(|rest| rest.split_once('-'));
+    parts.is_some_and(|(id, slot)| id.len() == 6 && u32::from_str_radix(id, 16).is_ok() && slot.parse::<u32>().is_ok())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_our_links_are_taken_for_links() {
+        assert!(is_link("sp0a1b2c-16383"));
+        for other in ["eth0", "sp0a1b2c", "sp0a1b2c-", "spx-1", "span0", "sp0a1b2-1"] {
+            assert!(!is_link(other), "{other}");
+        }
+    }
 
     #[test]
     fn a_resolver_on_loopback_is_none_for_an_instance() {

@@ -9,6 +9,7 @@ use super::{
     instance::Inner,
     layout::{Layout, private_directory},
     lock::FileLock,
+    machine,
     network::{Networks, host_resolvers},
 };
 use std::{
@@ -47,6 +48,12 @@ pub enum OpenError {
         /// Why.
         source: io::Error,
     },
+    /// What all installations of this machine share cannot be used.
+    #[error("the machine's record of addresses and users in {} cannot be used: {source}", machine::DIRECTORY)]
+    Machine {
+        /// Why.
+        source: io::Error,
+    },
     /// The launcher command is empty.
     #[error("expected a command that starts the launcher, got an empty one")]
     NoLauncher,
@@ -54,12 +61,6 @@ pub enum OpenError {
     #[error("expected to be called within a tokio runtime")]
     NoRuntime,
 }
-
-/// Uid of the first app of the first installation; user names end far below, and container ranges begin above.
-const FIRST_UID: u32 = 210_000;
-/// Installations start at different uids, so that two on one machine rarely share one.
-const INSTALLATIONS: u32 = 4096;
-const UIDS_APART: u32 = 64;
 
 impl Inner {
     pub(crate) fn open(config: ProcessConfig) -> Result<Self, OpenError> {
@@ -73,15 +74,16 @@ impl Inner {
         let data = config.data.canonicalize().map_err(data_error)?;
         let layout = Layout::create(&data).map_err(data_error)?;
         let id = installation_id(&layout).map_err(data_error)?;
-        let first_uid = FIRST_UID + u32::from_str_radix(&id, 16).unwrap_or(0) % INSTALLATIONS * UIDS_APART;
-        try_sandbox(&bwrap, root.then_some(first_uid))?;
+        try_sandbox(&bwrap, root.then_some(machine::UIDS.start))?;
         let networks = if root { Some(networks(&config, &id)?) } else { None };
         let cgroups = root.then(|| Cgroups::detect(&format!("systemprompt-{id}"))).flatten();
         if cgroups.is_none() {
             tracing::warn!("no control groups to write to: memory is limited per process and not per instance");
         }
         layout.empty_trash().map_err(data_error)?;
-        Ok(Self { layout, config: ProcessConfig { data, ..config }, bwrap, first_uid, networks, cgroups })
+        let inner = Self { layout, config: ProcessConfig { data, ..config }, bwrap, networks, cgroups };
+        inner.claim().map_err(|source| OpenError::Machine { source })?;
+        Ok(inner)
     }
 }
 

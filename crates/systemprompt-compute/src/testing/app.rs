@@ -12,6 +12,7 @@
 //! | `/link?PATH` | where a symbolic link points |
 //! | `/dial?ADDRESS,…` | of each TCP address, `@abstract` or `/path` socket: `ADDRESS open` or the error |
 //! | `/resolve?ADDRESS` | sends a DNS query by UDP and says whether an answer came |
+//! | `/spray?IP` | sends a datagram to each of 10,000 ports there and says how many went out |
 //! | `/flood?LINES` | answers at once and prints that many numbered lines of 100 bytes |
 //! | `/allocate?MIB` | takes that much memory and touches it |
 //! | `/tasks?N` | starts that many threads and says how many started |
@@ -25,7 +26,7 @@ use std::{
     fmt::Write as _,
     fs,
     io::{self, BufRead, BufReader, Write},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::{
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr as UnixAddress, UnixStream},
@@ -112,6 +113,7 @@ fn answer(path: &str, argument: &str) -> io::Result<String> {
         }
         "/dial" => Ok(dial_all(argument)),
         "/resolve" => resolve(argument),
+        "/spray" => spray(argument),
         "/flood" => {
             let lines = number()?;
             thread::spawn(move || (0..lines).for_each(|line| say(&format!("{line:09} {}", "x".repeat(89)))));
@@ -171,6 +173,14 @@ fn resolve(server: &str) -> io::Result<String> {
     let mut buffer = [0; 1500];
     let count = socket.recv(&mut buffer)?;
     Ok(format!("{count} bytes"))
+}
+
+/// To a port each; what a firewall drops on its way out is an error here.
+fn spray(address: &str) -> io::Result<String> {
+    let address: Ipv4Addr = address.parse().map_err(io::Error::other)?;
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let sent = (1..=10_000_u16).filter(|port| socket.send_to(b"x", (address, *port)).is_ok()).count();
+    Ok(sent.to_string())
 }
 
 fn allocate(mib: usize) -> Vec<u8> {

@@ -78,6 +78,9 @@ impl Host {
             let left: Vec<_> = text.lines().filter(|line| line.contains(&id)).collect();
             assert!(left.is_empty(), "{program} {arguments:?}: {left:?}");
         }
+        let routes = Command::new("ip").args(["route", "show", "type", "unreachable"]).output().expect("ip");
+        let metric = format!("metric {}", 0x1000_0000 + u32::from_str_radix(&id, 16).expect("hex digits"));
+        assert!(!String::from_utf8_lossy(&routes.stdout).contains(&metric), "the route of the pool");
         assert_eq!(processes_of(&self.data()), Vec::<String>::new());
     }
 }

@@ -36,7 +36,7 @@ async fn each_app_has_a_uid_of_its_own_and_no_privilege() {
         }
         assert!(status.contains("NoNewPrivs:\t1"), "{status}");
         let outside = uid_on_host(app).await;
-        assert!(outside >= 210_000, "{outside}");
+        assert!(outside >= 2_001_000_000, "{outside}");
         uids.insert(outside);
         let storage = fs::metadata(host.data().join("apps").join(app.app.as_str()).join("storage")).expect("storage");
         assert_eq!((storage.uid(), storage.mode() & 0o777), (outside, 0o700));
@@ -188,27 +188,80 @@ async fn no_listener_of_the_host_can_be_dialled() {
 async fn the_internet_can_be_reached_and_private_networks_cannot() {
     let host = Host::new();
     // Stand-ins in namespaces of their own: somewhere on the internet, and two machines of the operator's network.
-    let internet = Elsewhere::new([11, 211], 9000);
-    let private = Elsewhere::new([10, 97], 9000);
-    let resolver = Elsewhere::new([10, 98], 53);
+    let internet = Elsewhere::new([11, 211], &[9000], &[]);
+    let private = Elsewhere::new([10, 97], &[9000], &[]);
+    let resolver = Elsewhere::new([10, 98], &[53, 9000], &[]);
+    // What clouds tell about their machines, keys of the machine's role included.
+    let metadata = [Ipv4Addr::new(169, 254, 169, 254), Ipv4Addr::new(168, 63, 129, 16)];
+    let cloud = Elsewhere::new([11, 212], &[80], &metadata);
     let network = NetworkConfig { resolvers: vec![resolver.address()], ..NetworkConfig::default() };
     let driver = ProcessDriver::open(ProcessConfig { network, ..host.config() }).expect("a driver");
     let app = host.run(&driver).await;
-    for there in [&internet, &private, &resolver] {
-        poll("a stand-in", || async { get(there.listener(), "/api/v1/health").await.is_ok() }).await;
+    let at = |there: &Elsewhere, port: u16| SocketAddr::from((there.address(), port));
+    let (open, mut closed) =
+        ([at(&internet, 9000), at(&resolver, 53), at(&cloud, 80)], vec![at(&private, 9000), at(&resolver, 9000)]);
+    closed.extend(metadata.map(|address| SocketAddr::from((address, 80))));
+    // The host reaches all of them: what the app does not reach is closed to it, and not just absent.
+    for there in open.iter().chain(&closed) {
+        poll("a stand-in", || async { get(*there, "/api/v1/health").await.is_ok() }).await;
     }
     assert_eq!(app.ask("/read?/etc/resolv.conf").await, format!("nameserver {}\n", resolver.address()));
-    let dial = |there: &Elsewhere| format!("/dial?{}", there.listener());
-    assert!(app.ask(&dial(&internet)).await.contains(" open"), "egress");
-    assert!(app.ask(&dial(&resolver)).await.contains(" open"), "the configured resolver, port 53");
-    assert!(!app.ask(&dial(&private)).await.contains(" open"), "a private network");
-    let elsewhere = app.ask(&format!("/dial?169.254.169.254:80,{}:9000", resolver.address())).await;
-    assert!(!elsewhere.contains(" open"), "{elsewhere}");
+    for there in open {
+        assert!(app.ask(&format!("/dial?{there}")).await.contains(" open"), "{there}");
+    }
+    for there in closed {
+        assert!(!app.ask(&format!("/dial?{there}")).await.contains(" open"), "{there}");
+    }
+
+    // More connections than it may have do not fill the host's table of them.
+    let sent = app.ask(&format!("/spray?{}", internet.address())).await.parse::<u32>().expect("a number");
+    assert!((1000..=4200).contains(&sent), "{sent}");
 
     // Nobody comes in the other way, though the host forwards now.
-    let inwards = get(internet.listener(), &format!("/dial?{}", app.address)).await.expect("an answer").1;
+    let inwards = get(at(&internet, 9000), &format!("/dial?{}", app.address)).await.expect("an answer").1;
     assert!(!inwards.contains(" open"), "{inwards}");
     driver.destroy_app(&app.app).await.expect("the app's end");
+    host.check_nothing_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_line_of_the_firewall_holds_without_the_other() {
+    let host = Host::new();
+    let private = Elsewhere::new([10, 99], &[9000], &[]);
+    let driver = host.driver();
+    let a = host.run(&driver).await;
+    let listener = TcpListener::bind("0.0.0.0:0").expect("listener");
+    let on_host = SocketAddr::from((gateway(a.address), listener.local_addr().expect("address").port()));
+    let elsewhere = SocketAddr::from((private.address(), 9000));
+    poll("a stand-in", || async { get(elsewhere, "/api/v1/health").await.is_ok() }).await;
+    let reached = || async {
+        let answer = a.ask(&format!("/dial?{on_host},{elsewhere}")).await;
+        answer.lines().filter(|line| line.ends_with(" open")).count()
+    };
+    assert_eq!(reached().await, 0);
+
+    // Somebody flushes the host's rules and accepts everything before what comes next.
+    let id = host.id();
+    let accepting = ["INPUT", "FORWARD"].map(|chain| Accepting::new(chain, &id));
+    for (table, part) in [("filter", "IN"), ("filter", "FWD"), ("mangle", "HOST")] {
+        iptables(&["-t", table, "-F", &format!("SP-{id}-{part}")]);
+    }
+    assert_eq!(reached().await, 0, "the namespace's own rules");
+
+    let namespaces = Command::new("ip").arg("netns").output().expect("ip");
+    let namespaces = String::from_utf8_lossy(&namespaces.stdout).into_owned();
+    let inside = namespaces.split_whitespace().find(|name| name.starts_with(&format!("sp-{id}-"))).expect("namespace");
+    for change in [["-P", "OUTPUT", "ACCEPT"].as_slice(), &["-F", "OUTPUT"]] {
+        ip(&[&["netns", "exec", inside, "iptables"], change].concat());
+    }
+    assert_eq!(reached().await, 2, "without both there is nothing");
+
+    let b = host.run(&driver).await;
+    assert_eq!(reached().await, 0, "the host's rules come first again");
+    for app in [&a, &b] {
+        driver.destroy_app(&app.app).await.expect("the app's end");
+    }
+    drop(accepting);
     host.check_nothing_left();
 }
 
@@ -221,6 +274,15 @@ async fn two_installations_leave_each_other_alone() {
     assert!(!a.ask(&format!("/dial?{}", b.address)).await.contains(" open"));
     first.destroy_app(&a.app).await.expect("the app's end");
     one.check_nothing_left();
+    // An instance that does not run keeps its address, and what is meant for it goes nowhere.
+    second.stop(&b.instance, Duration::from_secs(5)).await.expect("a stop");
+    let error = std::net::TcpStream::connect(b.address).expect_err("nobody is there");
+    assert_eq!(error.kind(), std::io::ErrorKind::HostUnreachable, "{error}");
+    let c = one.run(&first).await;
+    assert_ne!(c.address, b.address, "reserved by another installation");
+    second.launch(&b.app, &b.spec).await.expect("a launch");
+    assert_eq!(running(&second, &b.instance).await, b.address, "the same address");
+    first.destroy_app(&c.app).await.expect("the app's end");
     // Its rules are still in force without the other's.
     b.healthy().await;
     let listener = TcpListener::bind("0.0.0.0:0").expect("listener");
@@ -303,56 +365,89 @@ fn host_addresses() -> BTreeSet<String> {
     text.lines().filter_map(address).collect()
 }
 
+/// A rule of the host's administrator before all others.
+struct Accepting {
+    chain: &'static str,
+    links: String,
+}
+
+impl Accepting {
+    fn new(chain: &'static str, id: &str) -> Self {
+        let links = format!("sp{id}-+");
+        iptables(&["-I", chain, "1", "-i", &links, "-j", "ACCEPT"]);
+        Self { chain, links }
+    }
+}
+
+impl Drop for Accepting {
+    fn drop(&mut self) {
+        let rule = ["-w", "-D", self.chain, "-i", &self.links, "-j", "ACCEPT"];
+        let _ = Command::new("iptables").args(rule).status();
+    }
+}
+
 /// A machine somewhere else, with the test application listening.
 struct Elsewhere {
     name: String,
     third: u8,
     prefix: [u8; 2],
-    port: u16,
-    server: Child,
+    servers: Vec<Child>,
 }
 
 impl Elsewhere {
-    fn new(prefix: [u8; 2], port: u16) -> Self {
+    /// In a network of the prefix, and under the addresses `also`, as the host routes them.
+    fn new(prefix: [u8; 2], ports: &[u16], also: &[Ipv4Addr]) -> Self {
         let id = std::process::id();
         let name = format!("t{id}-{}", prefix[1]);
-        let third = u8::try_from(id % 250).expect("below 250");
-        let [first, second] = prefix;
-        let network = format!("{first}.{second}.{third}");
-        ip(&["netns", "add", &name]);
-        ip(&["link", "add", &name, "type", "veth", "peer", "name", "eth0", "netns", &name]);
-        ip(&["addr", "add", &format!("{network}.1/24"), "dev", &name]);
-        ip(&["link", "set", &name, "up"]);
-        ip(&["-n", &name, "addr", "add", &format!("{network}.2/24"), "dev", "eth0"]);
-        ip(&["-n", &name, "link", "set", "eth0", "up"]);
-        ip(&["-n", &name, "link", "set", "lo", "up"]);
-        ip(&["-n", &name, "route", "add", "default", "via", &format!("{network}.1")]);
+        let mut elsewhere =
+            Self { name, third: u8::try_from(id % 250).expect("below 250"), prefix, servers: Vec::new() };
+        let (name, address) = (elsewhere.name.clone(), elsewhere.address());
+        let name = name.as_str();
+        let gateway = Ipv4Addr::from(u32::from(address) - 1);
+        ip(&["netns", "add", name]);
+        ip(&["link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name]);
+        ip(&["addr", "add", &format!("{gateway}/24"), "dev", name]);
+        ip(&["link", "set", name, "up"]);
+        ip(&["-n", name, "addr", "add", &format!("{address}/24"), "dev", "eth0"]);
+        ip(&["-n", name, "link", "set", "eth0", "up"]);
+        ip(&["-n", name, "link", "set", "lo", "up"]);
+        ip(&["-n", name, "route", "add", "default", "via", &gateway.to_string()]);
+        for also in also.iter().map(ToString::to_string) {
+            ip(&["-n", name, "addr", "add", &format!("{also}/32"), "dev", "lo"]);
+            // The route goes with the link; another test's may be there under another metric.
+            ip(&["route", "add", &also, "via", &address.to_string(), "dev", name, "metric", &id.to_string()]);
+        }
         fs::write(format!("/proc/sys/net/ipv4/conf/{name}/forwarding"), "1").expect("forwarding");
-        let server = Command::new("ip")
-            .args(["netns", "exec", &name, APP, "app"])
-            .envs([("HOST", "0.0.0.0"), ("PORT", &port.to_string())])
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("a server");
-        Self { name, third, prefix, port, server }
+        for port in ports {
+            let server = Command::new("ip")
+                .args(["netns", "exec", name, APP, "app"])
+                .envs([("HOST", "0.0.0.0"), ("PORT", &port.to_string())])
+                .stdout(Stdio::null())
+                .spawn();
+            elsewhere.servers.push(server.expect("a server"));
+        }
+        elsewhere
     }
 
     fn address(&self) -> Ipv4Addr {
         Ipv4Addr::new(self.prefix[0], self.prefix[1], self.third, 2)
     }
-
-    fn listener(&self) -> SocketAddr {
-        (self.address(), self.port).into()
-    }
 }
 
 impl Drop for Elsewhere {
     fn drop(&mut self) {
-        let _ = self.server.kill();
-        let _ = self.server.wait();
+        for server in &mut self.servers {
+            let _ = server.kill();
+            let _ = server.wait();
+        }
         let _ = Command::new("ip").args(["link", "del", &self.name]).status();
         let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
     }
+}
+
+fn iptables(arguments: &[&str]) {
+    let output = Command::new("iptables").arg("-w").args(arguments).output().expect("iptables");
+    assert!(output.status.success(), "iptables {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn ip(arguments: &[&str]) {
