@@ -268,21 +268,28 @@ fn limit(limits: ResourceLimits) -> io::Result<()> {
 /// Options by descriptor and not by command line: they hold the environment, and both the host's process list and
 /// the tenant (whose pid 1 is bwrap) can read a command line.
 fn arguments(order: &Order, status: &File, filter: Option<&OwnedFd>) -> io::Result<OwnedFd> {
-    let mut text = zeroize::Zeroizing::new(Vec::new());
     let status = status.as_raw_fd().to_string();
-    let mut push = |word: &str| {
+    let filter = filter.map(|filter| filter.as_raw_fd().to_string());
+    let mut words: Vec<&str> = order.options.iter().map(String::as_str).collect();
+    words.extend(["--json-status-fd", &status]);
+    words.extend(filter.iter().flat_map(|filter| ["--seccomp", filter]));
+    words.extend(order.environment.iter().flat_map(|(name, value)| ["--setenv", name, value.expose()]));
+    memory_file("arguments", &separated(&words)?)
+}
+
+/// bwrap's form of a list of words. A NUL within one would begin another option of the image's choosing, such as a
+/// mount of the host; whatever was checked before, it ends here.
+fn separated(words: &[&str]) -> io::Result<zeroize::Zeroizing<Vec<u8>>> {
+    // Whole from the start: what grows leaves copies of secrets behind.
+    let mut text = zeroize::Zeroizing::new(Vec::with_capacity(words.iter().map(|word| word.len() + 1).sum()));
+    for word in words {
+        if word.contains('\0') {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "expected words without NUL, got one with a NUL"));
+        }
         text.extend_from_slice(word.as_bytes());
         text.push(0);
-    };
-    order.options.iter().for_each(|option| push(option));
-    ["--json-status-fd", &status].into_iter().for_each(&mut push);
-    if let Some(filter) = filter {
-        ["--seccomp", &filter.as_raw_fd().to_string()].into_iter().for_each(&mut push);
     }
-    for (name, value) in &order.environment {
-        ["--setenv", name, value.expose()].into_iter().for_each(&mut push);
-    }
-    memory_file("arguments", &text)
+    Ok(text)
 }
 
 /// A file in memory, to be read from its beginning by whoever inherits it.
@@ -322,6 +329,12 @@ mod tests {
         let reach = Reach::Shared { address: ([127, 0, 0, 1], 1).into() };
         let record = InstanceRecord { image: Digest::of(b""), attempt, boot: String::new(), reach };
         write_record(&InstanceFiles::at(directory.to_owned()).record(), &record).expect("record");
+    }
+
+    #[test]
+    fn a_word_with_nul_is_refused_and_does_not_become_two_options() {
+        assert_eq!(*separated(&["--chdir", "/app"]).expect("words"), b"--chdir\0/app\0");
+        assert!(separated(&["--chdir", "/\0--bind\0/\0/host"]).is_err());
     }
 
     #[test]
