@@ -2,7 +2,7 @@
 
 use crate::{
     app::Site,
-    config::{AccountArguments, Arguments, Command, DataArguments, EdgeArguments},
+    config::{AccountArguments, Arguments, Command, DataArguments, EdgeArguments, Layout},
     edge_role::{EdgePlan, Snapshot},
     http,
     identity::{self, NewAccount, Role},
@@ -93,13 +93,18 @@ async fn stop_leftovers(arguments: &DataArguments) -> anyhow::Result<()> {
     let _lock = lock_data(&layout)?;
     // Starting adopts what runs; a cluster that does not run is stopped again at once.
     let clusters = Clusters::start(&layout).await?;
-    let seal = Sealer::load_or_create(&layout.seal_key())?;
-    let registry = open_registry(&layout, &seal)?;
-    let driver = open_driver(&layout, &registry, clusters.tenants.socket_dir(), true)?;
-    driver.shutdown(Duration::from_secs(10)).await?;
+    let instances = stop_instances(&layout, &clusters).await;
+    // An instance that stays is no reason to leave the clusters as well.
     clusters.stop().await?;
     remove_socket_directory(&platform_socket(&layout));
-    Ok(())
+    instances
+}
+
+async fn stop_instances(layout: &Layout, clusters: &Clusters) -> anyhow::Result<()> {
+    let seal = Sealer::load_or_create(&layout.seal_key())?;
+    let registry = open_registry(layout, &seal)?;
+    let driver = open_driver(layout, &registry, clusters.tenants.socket_dir(), true)?;
+    Ok(driver.shutdown(Duration::from_secs(10)).await?)
 }
 
 /// Beside a running `serve` as well as without one.

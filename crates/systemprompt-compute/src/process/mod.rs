@@ -34,6 +34,7 @@ mod logs;
 mod network;
 mod open;
 mod plan;
+mod remove;
 mod seccomp;
 mod state;
 mod stop;
@@ -152,7 +153,7 @@ impl ProcessDriver {
     }
 }
 
-/// How often output is trimmed and new images are synced.
+/// How often output is trimmed, new images are synced and the trash is emptied.
 const MAINTENANCE: Duration = Duration::from_secs(5);
 
 /// How many rounds pass between two looks at the firewall: a minute.
@@ -165,8 +166,10 @@ async fn maintain(inner: Weak<Inner>) {
         interval.tick().await;
         let Some(inner) = inner.upgrade() else { return };
         let work = move || {
-            inner.maintain()?;
-            if round.is_multiple_of(ROUNDS_PER_REPAIR) { inner.repair_rules() } else { Ok(()) }
+            let maintained = inner.maintain();
+            // Whatever else fails: without its rules nothing keeps an instance from the host.
+            let repaired = if round.is_multiple_of(ROUNDS_PER_REPAIR) { inner.repair_rules() } else { Ok(()) };
+            maintained.and(repaired)
         };
         if let Err(error) = blocking(work).await {
             tracing::warn!(%error, "maintenance of instances failed; it is tried again");

@@ -80,7 +80,9 @@ impl Inner {
         if cgroups.is_none() {
             tracing::warn!("no control groups to write to: memory is limited per process and not per instance");
         }
-        layout.empty_trash().map_err(data_error)?;
+        if let Err(error) = layout.empty_trash(None) {
+            tracing::warn!(%error, "the trash could not be emptied; it is tried again");
+        }
         Ok(Self { layout, config: ProcessConfig { data, ..config }, bwrap, first_uid, networks, cgroups })
     }
 }
