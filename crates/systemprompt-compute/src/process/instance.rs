@@ -8,6 +8,7 @@ use super::{
     lock::FileLock,
     logs,
     network::Networks,
+    output::wait_until_written,
     state::{Alive, InstanceRecord, Reach, Run, Stage, decide},
     stop::kill,
 };
@@ -36,8 +37,8 @@ pub(crate) struct Inner {
 
 /// How long a sandbox may take from the launcher's start to its init.
 pub(crate) const START_PATIENCE: Duration = Duration::from_secs(20);
-/// How long bwrap may take to write the exit code after the application's end.
-const END_PATIENCE: Duration = Duration::from_secs(2);
+/// How long bwrap may take to write the exit code after the application's end, and the writer its last output.
+pub(crate) const END_PATIENCE: Duration = Duration::from_secs(2);
 /// Pause between two looks at files that change within milliseconds.
 pub(crate) const GLANCE: Duration = Duration::from_millis(2);
 
@@ -72,6 +73,7 @@ impl Inner {
                 Stage::Ending | Stage::Exited(_) => {
                     // The application has ended: what it left in the background ends with it.
                     kill_rest(&found)?;
+                    wait_until_written(&self.layout.instance(key).output(), Instant::now() + END_PATIENCE)?;
                     return Ok(InstanceState::Exited {
                         reason: self.reason(key, &found),
                         at: self.ended_at(key, &found),

@@ -9,15 +9,17 @@ use super::{
     crash,
     extract::{Caps, MountPoint},
     host, image,
-    instance::{Asker, GLANCE, Inner, START_PATIENCE, group, kill_launcher, read_status},
+    instance::{Asker, END_PATIENCE, GLANCE, Inner, START_PATIENCE, group, kill_launcher, read_status},
     launcher::{Order, Privileged, ResourceLimits},
     layout::{InstanceFiles, InstanceKey, private_directory, read_record, write_record},
     lock::FileLock,
     logs,
     network::PORT,
     open::write_whole,
+    output::wait_until_written,
     plan::{self, Naming, Sources},
     state::{AppRecord, InstanceRecord, Reach, Run, Stage},
+    stop::kill_now,
 };
 use crate::{DriverError, InstanceHandle, InstanceSpec};
 use rustix::fs::{FlockOperation, flock};
@@ -33,8 +35,8 @@ use std::{
 use systemprompt_contract::AppName;
 use systemprompt_oci::StoredImage;
 
-/// Tasks of the sandbox itself: bwrap outside and inside.
-const SANDBOX_TASKS: u64 = 2;
+/// Tasks of the sandbox itself: bwrap outside and inside, and the output's writer.
+const SANDBOX_TASKS: u64 = 3;
 /// Files an instance may have open.
 const OPEN_FILES: u64 = 65_536;
 
@@ -79,7 +81,9 @@ impl Inner {
                 )));
             }
             Some(found) if matches!(found.stage, Stage::Running { .. }) => return Ok(key.handle()),
-            _ => {}
+            // What is left of the earlier run ends in order, so that none of its output is lost.
+            Some(_) => kill_now(self, &key)?,
+            None => {}
         }
         let order = self.prepare(&key, &app_record, spec, image, before.as_ref().map(|found| &found.record))?;
         self.start(&key, &order)?;
@@ -211,6 +215,7 @@ impl Inner {
                 (Some(Run { failed: Some(failed), .. }), _) => return Err(DriverError::Transient(failed)),
                 (Some(Run { init: Some(_), .. }), _) => return Ok(()),
                 (_, Some(status)) => {
+                    wait_until_written(&files.output(), Instant::now() + END_PATIENCE)?;
                     let said = logs::sandbox_said(&files.output());
                     let said = said.unwrap_or_else(|| format!("the launcher ended: {status}"));
                     return Err(DriverError::Transient(said));

@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! driver ── order by stdin ──► launcher ── exec ──► bwrap ──► init of the sandbox (bwrap) ──► the image's command
-//!                                 │ lock on `status`, kept for life      │ output appended to a file
+//!                                 │ lock on `status`, kept for life      │ pipe ──► writer ── appends ──► `output`
 //!                                 └ header, child pid, exit code appended to `status`
 //! ```
 //!
 //! The driver keeps nothing in memory that it needs later. An instance is found again by its status file: init's
 //! pid, checked against the inode of its pid namespace, its uid and the boot; and it ends up in the same file with
-//! its exit code, whoever watches. Output goes to a file, never through a pipe, so that an instance neither blocks
-//! nor dies when nobody reads. A launch that was cut short at any point is repeated under the next attempt number,
+//! its exit code, whoever watches. Output goes through a writer of the instance's own to a file, never to
+//! the driver, so that an instance neither blocks nor dies when nobody reads. A launch that was cut short at any point is repeated under the next attempt number,
 //! and a launcher of an earlier attempt finds its number gone and ends, so there is never a second copy.
 //!
 //! As root each app has a kernel uid of its own, dropped to before bwrap starts, and each instance a network
@@ -33,6 +33,7 @@ mod lock;
 mod logs;
 mod network;
 mod open;
+mod output;
 mod plan;
 mod remove;
 mod seccomp;

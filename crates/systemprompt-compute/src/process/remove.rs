@@ -129,7 +129,7 @@ mod tests {
             at = openat(&at, c"d", OFlags::DIRECTORY, Mode::empty()).expect("directory");
         }
         drop(at);
-        fs::set_permissions(root.join("beside"), PermissionsExt::from_mode(0)).expect("mode");
+        fs::set_permissions(root.join("beside"), PermissionsExt::from_mode(0o000)).expect("mode");
         let remove = || {
             remove_tree(&root).expect("a removal");
             remove_tree(&root).expect("a removal of what is removed");

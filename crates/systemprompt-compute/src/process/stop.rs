@@ -5,6 +5,7 @@ use super::{
     instance::{Asker, Inner, init_process, kill_rest},
     layout::InstanceKey,
     lock::FileLock,
+    output::wait_until_written,
     state::Stage,
 };
 use crate::DriverError;
@@ -64,7 +65,9 @@ pub(crate) fn kill_now(inner: &Inner, key: &InstanceKey) -> Result<(), DriverErr
         let Some(found) = inner.look(key, Asker::Holder)? else { return Ok(()) };
         let launcher = found.run.as_ref().map(|run| run.header.launcher).filter(|launcher| launcher.is_alive());
         match (&found.stage, found.init_alive, launcher) {
-            (Stage::Exited(_), false, _) => return Ok(()),
+            (Stage::Exited(_), false, _) => {
+                return Ok(wait_until_written(&inner.layout.instance(key).output(), deadline)?);
+            }
             (_, true, _) => kill_rest(&found)?,
             // Not yet a sandbox: the launcher itself. With an init that is gone, bwrap is about to end by itself.
             (Stage::Starting, false, Some(launcher)) => kill(launcher.pid)?,

@@ -77,6 +77,29 @@ async fn output_is_bounded_and_no_line_of_what_is_kept_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_application_cannot_cut_off_what_it_has_printed() {
+    let host = Host::new();
+    let driver = host.driver();
+    let app = host.run(&driver).await;
+    let lines = || async {
+        let entries = driver.logs(&app.instance, LogStart::Beginning, false);
+        entries.map_ok(|entry| entry.text).try_collect::<Vec<_>>().await.expect("output")
+    };
+    // As `echo > /dev/stdout` does: with O_TRUNC.
+    assert_eq!(app.ask("/write?/dev/stdout").await, "written");
+    poll("the line", || async { lines().await.iter().any(|line| line == "written") }).await;
+    assert_eq!(lines().await[0], "started serve");
+    app.ask("/flood?5000").await;
+    get(app.address, "/exit?0").await.expect_err("it ends before it answers");
+    poll("its end", || async { matches!(driver.inspect(&app.instance).await, Ok(InstanceState::Exited { .. })) }).await;
+    let found = lines().await;
+    driver.launch(&app.app, &app.spec).await.expect("a launch");
+    assert_eq!(lines().await[..found.len()], found, "nothing came after its end");
+    driver.destroy_app(&app.app).await.expect("the app's end");
+    host.check_nothing_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_instance_of_an_earlier_boot_has_ended_and_starts_again() {
     let host = Host::new();
     let driver = host.driver();
