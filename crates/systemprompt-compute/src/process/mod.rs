@@ -71,7 +71,8 @@ pub struct ProcessConfig {
     pub images: Arc<dyn ImageSource>,
     /// Directories of the host that every sandbox shows, read-only; sockets in them can be connected to.
     pub binds: Vec<Bind>,
-    /// Without root: run more than one app, though nothing but a pid namespace keeps them apart.
+    /// Without root: run more than one app, though nothing but a pid namespace keeps them apart. As root: run
+    /// instances though no control groups limit them together.
     pub unsafe_shared: bool,
     /// Networks of instances.
     pub network: NetworkConfig,

@@ -39,6 +39,15 @@ pub enum OpenError {
         /// What bubblewrap said.
         said: String,
     },
+    /// Run as root, and yet instances could take all the memory there is.
+    #[error(
+        "expected control groups that limit instances: {reason}; give this machine or container writable control groups \
+             with the controllers memory and pids, or accept instances without limits with --unsafe-shared"
+    )]
+    NoLimits {
+        /// What is missing.
+        reason: String,
+    },
     /// The data directory cannot be used.
     #[error("the data directory {} cannot be used: {source}", path.display())]
     Data {
@@ -76,10 +85,15 @@ impl Inner {
         let first_uid = FIRST_UID + u32::from_str_radix(&id, 16).unwrap_or(0) % INSTALLATIONS * UIDS_APART;
         try_sandbox(&bwrap, root.then_some(first_uid))?;
         let networks = if root { Some(networks(&config, &id)?) } else { None };
-        let cgroups = root.then(|| Cgroups::detect(&format!("systemprompt-{id}"))).flatten();
-        if cgroups.is_none() {
-            tracing::warn!("no control groups to write to: memory is limited per process and not per instance");
-        }
+        let cgroups = match root.then(|| Cgroups::detect(&format!("systemprompt-{id}"))) {
+            Some(Err(reason)) if !config.unsafe_shared => return Err(OpenError::NoLimits { reason }),
+            Some(Ok(cgroups)) => Some(cgroups),
+            none => {
+                let reason = none.and_then(Result::err).unwrap_or_else(|| "not run as root".to_owned());
+                tracing::warn!(reason, "memory is limited per process and not per instance");
+                None
+            }
+        };
         if let Err(error) = layout.empty_trash(None) {
             tracing::warn!(%error, "the trash could not be emptied; it is tried again");
         }
