@@ -49,15 +49,16 @@ impl Cgroups {
     }
 
     fn among(mounts: Vec<Mount>, group: &str) -> Result<Self, String> {
-        let (mut hierarchies, mut refused) = (Vec::new(), String::new());
+        let (mut hierarchies, mut refused) = (Vec::new(), Vec::new());
         for mount in mounts {
             let Some(hierarchy) = mount.offer(group, &hierarchies) else { continue };
             match hierarchy.prepare() {
                 Ok(()) => hierarchies.push(hierarchy),
-                Err(error) => refused += &format!("; {}: {error}", hierarchy.directory.display()),
+                Err(error) => refused.push(format!("; {}: {error}", hierarchy.directory.display())),
             }
         }
         let found = Self { hierarchies };
+        let refused = refused.concat();
         // Made again with the first instance: what never ran leaves nothing behind.
         found.remove_installation();
         let has = |limits: fn(&Hierarchy) -> bool| found.hierarchies.iter().any(limits);

@@ -21,7 +21,7 @@ use super::{
     state::{AppRecord, InstanceRecord, Reach, Run, Stage},
     stop::kill_now,
 };
-use crate::{DriverError, InstanceHandle, InstanceSpec};
+use crate::{CapacityScope, DriverError, InstanceHandle, InstanceSpec};
 use rustix::fs::{FlockOperation, flock};
 use std::{
     fs::{self, File, OpenOptions, Permissions},
@@ -69,6 +69,7 @@ impl Inner {
         let _app = FileLock::shared(&self.layout.app_lock(app))?;
         let app_record = self.app_record(app)?.ok_or_else(|| DriverError::NotFound(format!("the app {app}")))?;
         self.check(&app_record, app, spec)?;
+        let _alone = self.alone(app)?;
         let _instance = FileLock::exclusive(&self.layout.instance_lock(&key))?;
         crash::point("compute.launch.locked");
         let before = self.settled(&key)?;
@@ -100,18 +101,27 @@ impl Inner {
                 "the app {app} has a user of its own only when it was made as root: run as it was made, or destroy it"
             )));
         }
+        Ok(())
+    }
+
+    /// Where nothing keeps apps apart, makes sure that no other one runs, and lets none start while the lock is held.
+    fn alone(&self, app: &AppName) -> Result<Option<FileLock>, DriverError> {
         if self.networks.is_some() || self.config.unsafe_shared {
-            return Ok(());
+            return Ok(None);
         }
-        for other in self.layout.list_apps()? {
-            if other != *app && !self.layout.list_instances(&other)?.is_empty() {
-                return Err(DriverError::Rejected(format!(
-                    "expected one tenant, since without root nothing keeps several apart, and {other} is here already: \
-                     run as root, or accept that tenants can read each other's data with --unsafe-shared"
-                )));
+        let lock = FileLock::exclusive(&self.layout.installation_lock())?;
+        for key in self.keys()?.into_iter().filter(|key| key.app != *app) {
+            let found = self.look(&key, Asker::Bystander)?;
+            if found.is_some_and(|found| !matches!(found.stage, Stage::Exited(_)) || found.init_alive) {
+                let message = format!(
+                    "expected one tenant, since without root nothing keeps several apart, and {} runs already: run as \
+                     root, or accept that tenants can read each other's data with --unsafe-shared",
+                    key.app
+                );
+                return Err(DriverError::Capacity { scope: CapacityScope::Host, message });
             }
         }
-        Ok(())
+        Ok(Some(lock))
     }
 
     /// Everything up to the launcher's start. The record comes first: whatever is made after it is found again.
