@@ -148,6 +148,8 @@ fn claim(order: &Order) -> io::Result<Option<File>> {
         return Ok(None);
     }
     let header = RunHeader { attempt: order.attempt, launcher: ProcessId::own()?, boot: boot_id()?, at: Utc::now() };
+    // What earlier attempts wrote says nothing any more, and an instance may be started again for ever.
+    status.set_len(0)?;
     append(&status, &StatusLine::Header(header))?;
     super::crash::point("compute.launcher.header");
     Ok(Some(status))
@@ -362,5 +364,9 @@ mod tests {
         let written = fs::read_to_string(directory.join("status")).expect("status");
         assert_eq!(written.lines().count(), 1, "the late ones wrote nothing: {written}");
         assert!(claim(&order(&directory.join("gone"), 2)).expect("gone").is_none());
+        record(directory, 3);
+        drop(claim(&order(directory, 3)).expect("in time").expect("claimed"));
+        let written = fs::read_to_string(directory.join("status")).expect("status");
+        assert!(written.lines().count() == 1 && written.contains(":3,"), "the latest attempt's only: {written}");
     }
 }
