@@ -64,7 +64,7 @@ impl Inner {
         if let Some(cgroups) = &self.cgroups {
             for key in self.keys()? {
                 let found = self.look(&key, Asker::Bystander)?;
-                if found.is_none_or(|found| matches!(found.stage, Stage::Exited(_)) && !found.init_alive) {
+                if found.is_none_or(|found| matches!(found.stage, Stage::Exited(_)) && found.init.is_none()) {
                     cgroups.remove(&group(&key))?;
                 }
             }

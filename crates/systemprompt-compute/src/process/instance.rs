@@ -48,8 +48,8 @@ pub(crate) struct Found {
     pub(crate) record: InstanceRecord,
     pub(crate) run: Option<Run>,
     pub(crate) stage: Stage,
-    /// Whether the sandbox's init lives, in whatever stage the instance is.
-    pub(crate) init_alive: bool,
+    /// The sandbox's init while it lives, in whatever stage the instance is.
+    pub(crate) init: Option<ProcessId>,
 }
 
 /// Whether the asker holds the instance's lock.
@@ -117,11 +117,12 @@ impl Inner {
         let run = read_status(&files)?;
         let uid = self.app_record(&key.app)?.and_then(|app| app.uid);
         let boot = boot_id()?;
-        let mut alive = Alive::default();
+        let (mut alive, mut init) = (Alive::default(), None);
         match &run {
             Some(run) if run.header.boot == boot => {
                 alive.launcher = run.header.launcher.is_alive();
-                alive.init = init_process(run, uid).is_some();
+                init = init_process(run, uid);
+                alive.init = init.is_some();
             }
             _ => {}
         }
@@ -129,7 +130,7 @@ impl Inner {
             alive.busy = asker == Asker::Bystander && self.is_locked(key)? || is_status_locked(&files)?;
         }
         let stage = decide(&record, run.as_ref(), &boot, alive);
-        Ok(Some(Found { record, run, stage, init_alive: alive.init }))
+        Ok(Some(Found { record, run, stage, init }))
     }
 
     /// As [`Inner::look`] for the lock's holder, when what is on its way has arrived. Nothing is left of
@@ -201,16 +202,13 @@ impl Inner {
 
 /// Ends what the application left behind in its sandbox.
 pub(crate) fn kill_rest(found: &Found) -> Result<(), DriverError> {
-    match found.run.as_ref().and_then(|run| run.init) {
-        Some(init) if found.init_alive => kill(init.pid),
-        _ => Ok(()),
-    }
+    found.init.map_or(Ok(()), kill)
 }
 
 pub(crate) fn kill_launcher(found: &Found) -> Result<(), DriverError> {
     match &found.run {
-        Some(run) if run.header.launcher.is_alive() => kill(run.header.launcher.pid),
-        _ => Ok(()),
+        Some(run) => kill(run.header.launcher),
+        None => Ok(()),
     }
 }
 

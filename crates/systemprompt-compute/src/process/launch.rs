@@ -112,7 +112,7 @@ impl Inner {
         let lock = FileLock::exclusive(&self.layout.installation_lock())?;
         for key in self.keys()?.into_iter().filter(|key| key.app != *app) {
             let found = self.look(&key, Asker::Bystander)?;
-            if found.is_some_and(|found| !matches!(found.stage, Stage::Exited(_)) || found.init_alive) {
+            if found.is_some_and(|found| !matches!(found.stage, Stage::Exited(_)) || found.init.is_some()) {
                 let message = format!(
                     "expected one tenant, since without root nothing keeps several apart, and {} runs already: run as \
                      root, or accept that tenants can read each other's data with --unsafe-shared",
