@@ -119,7 +119,8 @@ impl Inner {
         let boot = boot_id()?;
         let (mut alive, mut init) = (Alive::default(), None);
         match &run {
-            Some(run) if run.header.boot == boot => {
+            // Both: in a copied data directory only the records say that nothing of it is ours.
+            Some(run) if run.header.boot == boot && record.boot == boot => {
                 alive.launcher = run.header.launcher.is_alive();
                 init = init_process(run, uid);
                 alive.init = init.is_some();

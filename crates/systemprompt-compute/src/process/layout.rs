@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! installation            six hex digits that tell this installation's chains and links from others' on the machine
+//! place                   device and inode of the data directory: a copy of it is another installation
 //! uids                    next kernel uid to give away
 //! apps/{app}/app.json     tenant, uid
 //! apps/{app}/storage/     the volume, owned by the app's uid
@@ -66,6 +67,9 @@ impl Layout {
         Ok(layout)
     }
 
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
     pub(crate) fn apps(&self) -> PathBuf {
         self.root.join("apps")
     }
@@ -98,6 +102,9 @@ impl Layout {
     }
     pub(crate) fn installation(&self) -> PathBuf {
         self.root.join("installation")
+    }
+    pub(crate) fn place(&self) -> PathBuf {
+        self.root.join("place")
     }
     fn locks(&self) -> PathBuf {
         self.root.join("locks")

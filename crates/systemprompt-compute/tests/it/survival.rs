@@ -126,3 +126,22 @@ async fn an_instance_of_an_earlier_boot_has_ended_and_starts_again() {
     driver.destroy_app(&app.app).await.expect("the app's end");
     host.check_nothing_left();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_the_data_directory_takes_nothing_of_the_originals() {
+    let host = Host::new();
+    let driver = host.driver();
+    let app = host.run(&driver).await;
+    let copy = host.directory.path().join("copy");
+    let copied = std::process::Command::new("cp").arg("-a").args([&host.data(), &copy]).status().expect("cp");
+    assert!(copied.success());
+    let config = systemprompt_compute::process::ProcessConfig { data: copy.clone(), ..host.config() };
+    let second = systemprompt_compute::process::ProcessDriver::open(config).expect("a driver");
+    assert_ne!(std::fs::read_to_string(copy.join("installation")).expect("id"), host.id());
+    let state = second.inspect(&app.instance).await.expect("a state");
+    assert!(matches!(state, InstanceState::Exited { .. }), "not what runs for the original: {state:?}");
+    second.destroy_app(&app.app).await.expect("the copy's end");
+    assert_eq!(app.ask("/read?/proc/self/comm").await.trim(), "app", "the original runs on");
+    driver.destroy_app(&app.app).await.expect("the app's end");
+    host.check_nothing_left();
+}
