@@ -86,7 +86,8 @@ pub(crate) struct ServeArguments {
     /// What becomes of instances and database clusters when this process is told to stop.
     #[arg(long, value_enum, default_value_t = OnStop::Leave)]
     pub(crate) on_stop: OnStop,
-    /// Run tenants without isolation from each other, where this host gives none (no root).
+    /// Run tenants without isolation from each other where this host gives none (no root), and without limits where it
+    /// has no control groups.
     #[arg(long)]
     pub(crate) unsafe_shared: bool,
     /// Seconds a new release may take to answer its health check.

@@ -146,8 +146,8 @@ pub(crate) fn open_driver(
     postgres_socket: &Path,
     unsafe_shared: bool,
 ) -> anyhow::Result<ProcessDriver> {
-    let executable = std::env::current_exe().context("finding this program's own file")?;
-    let launcher = vec![executable.into(), LAUNCHER.into()];
+    // Not by path: what lies there after an upgrade may read orders of another form.
+    let launcher = vec!["/proc/self/exe".into(), LAUNCHER.into()];
     let config = ProcessConfig {
         binds: vec![Bind { host: postgres_socket.to_owned(), sandbox: PathBuf::from(SANDBOX_SOCKET_DIR) }],
         unsafe_shared,

@@ -10,7 +10,9 @@ use systemprompt_oci::{Digest, StoredImage};
 
 /// A place where tenants' instances run.
 ///
-/// The contract for implementers, checked by `testing::conformance`:
+/// The contract for implementers. `testing::conformance` checks it as far as one process can, with drivers that are
+/// dropped and opened anew; a crash of the caller, a restart of the host and what is logged are for each driver's own
+/// tests:
 /// - every call is idempotent on the id it is given and may be repeated after a crash of the caller at any instant;
 /// - handles are text, may be stored, and mean the same in another process and after a restart of the host;
 /// - a dropped future leaves a state that the repeated call converges from;

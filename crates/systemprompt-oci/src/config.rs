@@ -39,6 +39,10 @@ pub enum ConfigError {
     TooManyLayers(usize),
     #[error("the image names no command: set ENTRYPOINT or CMD when building it")]
     NoEntrypoint,
+    #[error("expected {0} of the image configuration without NUL bytes: take them out and build the image again")]
+    Nul(&'static str),
+    #[error("expected an absolute WorkingDir, got {0:?}: set WORKDIR to a path that begins with a slash")]
+    WorkingDir(String),
 }
 
 impl ImageConfig {
@@ -62,6 +66,7 @@ impl ImageConfig {
             return Err(ConfigError::TooManyLayers(wire.rootfs.diff_ids.len()));
         }
         let run = wire.config.unwrap_or_default();
+        run.check()?;
         Ok(Self {
             entrypoint: run.entrypoint.unwrap_or_default(),
             cmd: run.cmd.unwrap_or_default(),
@@ -140,6 +145,24 @@ struct WireRun {
     labels: Option<BTreeMap<String, String>>,
 }
 
+impl WireRun {
+    /// What becomes an argument, a variable or a path must be able to be one. Drivers hand them on in lists that NUL
+    /// separates, where a NUL within a word would make a second word out of its rest.
+    fn check(&self) -> Result<(), ConfigError> {
+        let lists = [("Env", &self.env), ("Entrypoint", &self.entrypoint), ("Cmd", &self.cmd)];
+        let listed = lists.into_iter().flat_map(|(name, words)| words.iter().flatten().map(move |word| (name, word)));
+        for (name, word) in listed.chain([("User", &self.user), ("WorkingDir", &self.working_dir)]) {
+            if word.contains('\0') {
+                return Err(ConfigError::Nul(name));
+            }
+        }
+        if !self.working_dir.is_empty() && !self.working_dir.starts_with('/') {
+            return Err(ConfigError::WorkingDir(self.working_dir.chars().take(80).collect()));
+        }
+        Ok(())
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct WireRootFs {
     #[serde(rename = "type")]
@@ -186,5 +209,23 @@ mod tests {
             "config":{"Env":null,"Entrypoint":null,"Cmd":["sh"],"Labels":null,"ExposedPorts":{"80/tcp":{}}},
             "rootfs":{"type":"layers","diff_ids":[]}}"#;
         assert_eq!(ImageConfig::parse(text.as_bytes()).expect("docker").cmd, ["sh"]);
+    }
+
+    #[test]
+    fn no_word_holds_a_nul_and_the_working_directory_is_absolute() {
+        let parse = |field: &str, value: &str| {
+            let text = format!(r#"{{"config":{{"{field}":{value}}},"rootfs":{{"type":"layers"}}}}"#);
+            ImageConfig::parse(text.as_bytes())
+        };
+        let word = r#""/\u0000--bind\u0000/\u0000/host""#;
+        for field in ["User", "WorkingDir"] {
+            assert_eq!(parse(field, word), Err(ConfigError::Nul(field)));
+        }
+        for field in ["Env", "Entrypoint", "Cmd"] {
+            assert_eq!(parse(field, &format!(r#"["a",{word}]"#)), Err(ConfigError::Nul(field)));
+        }
+        assert_eq!(parse("WorkingDir", r#""app""#), Err(ConfigError::WorkingDir("app".to_owned())));
+        assert_eq!(parse("WorkingDir", r#""/app""#).expect("absolute").working_dir, "/app");
+        assert_eq!(parse("WorkingDir", r#""""#).expect("none").working_dir, "");
     }
 }

@@ -47,6 +47,8 @@ impl Inner {
             self.erase(&key, lock)?;
         }
         self.layout.discard(&self.layout.app(app))?;
+        // An earlier call may have got no further than moving it there: deleted is what is deleted.
+        self.layout.empty_trash(Some(app.as_str()))?;
         lock.remove()?;
         self.collect_images()?;
         if self.layout.list_apps()?.is_empty() {
@@ -64,7 +66,7 @@ impl Inner {
         if let Some(cgroups) = &self.cgroups {
             for key in self.keys()? {
                 let found = self.look(&key, Asker::Bystander)?;
-                if found.is_none_or(|found| matches!(found.stage, Stage::Exited(_)) && !found.init_alive) {
+                if found.is_none_or(|found| matches!(found.stage, Stage::Exited(_)) && found.init.is_none()) {
                     cgroups.remove(&group(&key))?;
                 }
             }
@@ -79,26 +81,35 @@ impl Inner {
         // Against a shutdown that has just seen the last instance end.
         let _installation = FileLock::exclusive(&self.layout.installation_lock())?;
         for key in self.keys()? {
-            let found = self.look(&key, Asker::Bystander)?;
-            if found.is_some_and(|found| matches!(found.stage, Stage::Running { .. })) {
-                return Ok(networks.repair_rules()?);
+            match self.look(&key, Asker::Bystander) {
+                Ok(Some(found)) if matches!(found.stage, Stage::Running { .. }) => return Ok(networks.repair_rules()?),
+                Ok(_) => {}
+                Err(error) => tracing::warn!(%error, instance = %key.handle(), "it cannot be told whether it runs"),
             }
         }
         Ok(())
     }
 
-    /// Trims outputs and syncs new images.
+    /// Trims outputs, syncs new images, empties the trash. What fails for one instance or image is tried again, and
+    /// keeps nothing else from its turn.
     pub(crate) fn maintain(&self) -> Result<(), DriverError> {
         let mut images = HashSet::new();
         for key in self.keys()? {
             let files = self.layout.instance(&key);
-            logs::trim(&files.output(), self.config.output_bytes)?;
-            images.extend(read_record::<InstanceRecord>(&files.record())?.map(|record| record.image));
+            if let Err(error) = logs::trim(&files.output(), self.config.output_bytes) {
+                tracing::warn!(%error, instance = %key.handle(), "the output could not be trimmed");
+            }
+            match read_record::<InstanceRecord>(&files.record()) {
+                Ok(record) => images.extend(record.map(|record| record.image)),
+                Err(error) => tracing::warn!(%error, instance = %key.handle(), "the record cannot be read"),
+            }
         }
         for digest in images {
-            image::sync(&self.layout, &digest)?;
+            if let Err(error) = image::sync(&self.layout, &digest) {
+                tracing::warn!(%error, image = %digest, "the image could not be synced");
+            }
         }
-        Ok(())
+        Ok(self.layout.empty_trash(None)?)
     }
 
     pub(crate) fn app_record(&self, app: &AppName) -> Result<Option<AppRecord>, DriverError> {

@@ -38,22 +38,35 @@ pub(crate) struct Limits {
 }
 
 impl Cgroups {
-    /// The hierarchies with a memory or pids controller that we may write to; nothing when there is none for
-    /// memory, since then resource limits have to do.
-    pub(crate) fn detect(group: &str) -> Option<Self> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-        let mut hierarchies = Vec::new();
-        for mount in parse_mounts(&mounts) {
-            if let Some(hierarchy) = mount.offer(group, &hierarchies)
-                && hierarchy.prepare().is_ok()
-            {
-                hierarchies.push(hierarchy);
+    /// The hierarchies that we may write to and that limit something or by which a service manager tells whose
+    /// processes are whose.
+    ///
+    /// # Errors
+    /// In words, when memory or processes cannot be limited.
+    pub(crate) fn detect(group: &str) -> Result<Self, String> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|error| error.to_string())?;
+        Self::among(parse_mounts(&mounts), group)
+    }
+
+    fn among(mounts: Vec<Mount>, group: &str) -> Result<Self, String> {
+        let (mut hierarchies, mut refused) = (Vec::new(), Vec::new());
+        for mount in mounts {
+            let Some(hierarchy) = mount.offer(group, &hierarchies) else { continue };
+            match hierarchy.prepare() {
+                Ok(()) => hierarchies.push(hierarchy),
+                Err(error) => refused.push(format!("; {}: {error}", hierarchy.directory.display())),
             }
         }
         let found = Self { hierarchies };
+        let refused = refused.concat();
         // Made again with the first instance: what never ran leaves nothing behind.
         found.remove_installation();
-        found.hierarchies.iter().any(|hierarchy| hierarchy.memory).then_some(found)
+        let has = |limits: fn(&Hierarchy) -> bool| found.hierarchies.iter().any(limits);
+        match (has(|hierarchy| hierarchy.memory), has(|hierarchy| hierarchy.pids)) {
+            (true, true) => Ok(found),
+            (false, _) => Err(format!("no control groups with the controller memory can be made{refused}")),
+            (true, false) => Err(format!("no control groups with the controller pids can be made{refused}")),
+        }
     }
 
     /// Makes an instance's groups anew, so that their counters start at zero, and sets the limits. Returns the
@@ -107,7 +120,16 @@ impl Hierarchy {
             Version::One => Ok(()),
             Version::Two => enable(directory, self.memory, self.pids),
         };
-        self.directory.parent().map_or(Ok(()), enable)?;
+        let parent = self.directory.parent().unwrap_or(&self.directory);
+        match enable(parent) {
+            // The second version hands nothing down from a group with processes in it. Only in a container do we see
+            // such a one as the root.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                move_to_leaf(parent)?;
+                enable(parent)?;
+            }
+            other => other?,
+        }
         match fs::create_dir(&self.directory) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
@@ -132,6 +154,9 @@ impl Hierarchy {
     }
 }
 
+/// The hierarchy of the first version in which systemd keeps its services.
+const SYSTEMD: &str = "name=systemd";
+
 /// A control group mount of this process's view.
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
@@ -152,8 +177,13 @@ impl Mount {
             controllers.iter().any(|controller| controller == name) && !have.iter().any(taken)
         };
         let (memory, pids) = (wants("memory", |have| have.memory), wants("pids", |have| have.pids));
+        // systemd stops everything that is in the control plane's group of its own hierarchy, controllers or not.
+        let tracks = match self.version {
+            Version::One => wants(SYSTEMD, |have| have.version == Version::One && !have.memory && !have.pids),
+            Version::Two => !have.iter().any(|have| have.version == Version::Two),
+        };
         let directory = self.point.join(group);
-        (memory || pids).then_some(Hierarchy { directory, version: self.version, memory, pids })
+        (memory || pids || tracks).then_some(Hierarchy { directory, version: self.version, memory, pids })
     }
 }
 
@@ -164,6 +194,24 @@ fn enable(directory: &Path, memory: bool, pids: bool) -> io::Result<()> {
     for (name, wanted) in [("memory", memory), ("pids", pids)] {
         if wanted && !enabled.iter().any(|controller| controller == name) {
             fs::write(&file, format!("+{name}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Moves all processes of a group into a group of their own below it.
+fn move_to_leaf(directory: &Path) -> io::Result<()> {
+    let leaf = directory.join("init");
+    match fs::create_dir(&leaf) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    // One that forks meanwhile leaves a child behind; whoever remains makes the caller's next step fail.
+    for _ in 0..5 {
+        for process in fs::read_to_string(directory.join("cgroup.procs"))?.lines() {
+            if let Err(error) = fs::write(leaf.join("cgroup.procs"), process) {
+                tracing::debug!(%error, process, "it ended, or must stay where it is");
+            }
         }
     }
     Ok(())
@@ -244,5 +292,77 @@ mod tests {
         assert_eq!(oom_kills("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"), 2);
         assert_eq!(oom_kills("low 0\nhigh 0\nmax 9\noom 1\noom_kill 1\noom_group_kill 0\n"), 1);
         assert_eq!(oom_kills("oom 3\n"), 0);
+    }
+
+    /// A tree as the kernel shows it, of plain files: written words stay and have no effect.
+    fn fake(controllers: &str) -> (tempfile::TempDir, Vec<Mount>) {
+        let directory = tempfile::tempdir().expect("directory");
+        let root = directory.path();
+        fs::create_dir(root.join("group")).expect("group");
+        for file in ["cgroup.subtree_control", "group/cgroup.subtree_control", "cgroup.procs"] {
+            fs::write(root.join(file), "").expect(file);
+        }
+        fs::write(root.join("cgroup.controllers"), controllers).expect("controllers");
+        let mounts = parse_mounts(&format!("1 1 0:1 / {} rw - cgroup2 cgroup2 rw", root.display()));
+        (directory, mounts)
+    }
+
+    #[test]
+    fn the_second_version_hands_controllers_down_and_limits_an_instance() {
+        let (directory, mounts) = fake("cpu memory pids");
+        let groups = Cgroups::among(mounts, "group").expect("groups");
+        let limits = Limits { memory_bytes: 64 << 20, pids: 7 };
+        let entrances = groups.create("instance", limits).expect("an instance's");
+        let instance = directory.path().join("group/instance");
+        assert_eq!(entrances, [instance.join("cgroup.procs")]);
+        for (file, expected) in [
+            ("group/instance/memory.max", "67108864"),
+            ("group/instance/memory.swap.max", "0"),
+            ("group/instance/pids.max", "7"),
+            // The last of two words.
+            ("cgroup.subtree_control", "+pids"),
+            ("group/cgroup.subtree_control", "+pids"),
+        ] {
+            assert_eq!(fs::read_to_string(directory.path().join(file)).expect(file), expected, "{file}");
+        }
+        assert!(!groups.out_of_memory("instance"));
+        fs::write(instance.join("memory.events"), "oom 1\noom_kill 1\n").expect("events");
+        assert!(groups.out_of_memory("instance"));
+    }
+
+    #[test]
+    fn a_controller_that_is_missing_is_named() {
+        for (controllers, missing) in [("cpu", "memory"), ("memory", "pids"), ("pids", "memory")] {
+            let (_directory, mounts) = fake(controllers);
+            let error = Cgroups::among(mounts, "group").expect_err("no limits");
+            assert!(error.contains(&format!("controller {missing} ")), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_in_the_root_goes_to_a_leaf() {
+        let (directory, _) = fake("");
+        fs::write(directory.path().join("cgroup.procs"), "1\n77\n").expect("processes");
+        move_to_leaf(directory.path()).expect("a move");
+        let last = fs::read_to_string(directory.path().join("init/cgroup.procs")).expect("the leaf");
+        assert_eq!(last, "77", "one at a time, the last of two");
+    }
+
+    #[test]
+    fn the_hierarchy_of_the_service_manager_is_entered_as_well() {
+        let offered = |text: &str| {
+            let mut have = Vec::new();
+            for mount in parse_mounts(text) {
+                have.extend(mount.offer("group", &have));
+            }
+            have.into_iter().map(|have| have.directory.display().to_string()).collect::<Vec<_>>()
+        };
+        let text = "\
+1 1 0:1 / /c/memory,pids rw - cgroup cgroup rw,memory,pids
+1 1 0:2 / /c/cpu rw - cgroup cgroup rw,cpu
+1 1 0:3 / /c/systemd rw - cgroup cgroup rw,xattr,name=systemd
+1 1 0:3 / /again/systemd rw - cgroup cgroup rw,xattr,name=systemd
+";
+        assert_eq!(offered(text), ["/c/memory,pids/group", "/c/systemd/group"]);
     }
 }

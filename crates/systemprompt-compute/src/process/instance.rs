@@ -8,6 +8,7 @@ use super::{
     lock::FileLock,
     logs,
     network::Networks,
+    output::wait_until_written,
     state::{Alive, InstanceRecord, Reach, Run, Stage, decide},
     stop::kill,
 };
@@ -35,8 +36,8 @@ pub(crate) struct Inner {
 
 /// How long a sandbox may take from the launcher's start to its init.
 pub(crate) const START_PATIENCE: Duration = Duration::from_secs(20);
-/// How long bwrap may take to write the exit code after the application's end.
-const END_PATIENCE: Duration = Duration::from_secs(2);
+/// How long bwrap may take to write the exit code after the application's end, and the writer its last output.
+pub(crate) const END_PATIENCE: Duration = Duration::from_secs(2);
 /// Pause between two looks at files that change within milliseconds.
 pub(crate) const GLANCE: Duration = Duration::from_millis(2);
 
@@ -46,8 +47,8 @@ pub(crate) struct Found {
     pub(crate) record: InstanceRecord,
     pub(crate) run: Option<Run>,
     pub(crate) stage: Stage,
-    /// Whether the sandbox's init lives, in whatever stage the instance is.
-    pub(crate) init_alive: bool,
+    /// The sandbox's init while it lives, in whatever stage the instance is.
+    pub(crate) init: Option<ProcessId>,
 }
 
 /// Whether the asker holds the instance's lock.
@@ -71,6 +72,7 @@ impl Inner {
                 Stage::Ending | Stage::Exited(_) => {
                     // The application has ended: what it left in the background ends with it.
                     kill_rest(&found)?;
+                    wait_until_written(&self.layout.instance(key).output(), Instant::now() + END_PATIENCE)?;
                     return Ok(InstanceState::Exited {
                         reason: self.reason(key, &found),
                         at: self.ended_at(key, &found),
@@ -114,11 +116,13 @@ impl Inner {
         let run = read_status(&files)?;
         let uid = self.app_record(&key.app)?.and_then(|app| app.uid);
         let boot = boot_id()?;
-        let mut alive = Alive::default();
+        let (mut alive, mut init) = (Alive::default(), None);
         match &run {
-            Some(run) if run.header.boot == boot => {
+            // Both: in a copied data directory only the records say that nothing of it is ours.
+            Some(run) if run.header.boot == boot && record.boot == boot => {
                 alive.launcher = run.header.launcher.is_alive();
-                alive.init = init_process(run, uid).is_some();
+                init = init_process(run, uid);
+                alive.init = init.is_some();
             }
             _ => {}
         }
@@ -126,7 +130,7 @@ impl Inner {
             alive.busy = asker == Asker::Bystander && self.is_locked(key)? || is_status_locked(&files)?;
         }
         let stage = decide(&record, run.as_ref(), &boot, alive);
-        Ok(Some(Found { record, run, stage, init_alive: alive.init }))
+        Ok(Some(Found { record, run, stage, init }))
     }
 
     /// As [`Inner::look`] for the lock's holder, when what is on its way has arrived. Nothing is left of
@@ -198,16 +202,13 @@ impl Inner {
 
 /// Ends what the application left behind in its sandbox.
 pub(crate) fn kill_rest(found: &Found) -> Result<(), DriverError> {
-    match found.run.as_ref().and_then(|run| run.init) {
-        Some(init) if found.init_alive => kill(init.pid),
-        _ => Ok(()),
-    }
+    found.init.map_or(Ok(()), kill)
 }
 
 pub(crate) fn kill_launcher(found: &Found) -> Result<(), DriverError> {
     match &found.run {
-        Some(run) if run.header.launcher.is_alive() => kill(run.header.launcher.pid),
-        _ => Ok(()),
+        Some(run) => kill(run.header.launcher),
+        None => Ok(()),
     }
 }
 

@@ -9,17 +9,19 @@ use super::{
     crash,
     extract::{Caps, MountPoint},
     host, image,
-    instance::{Asker, GLANCE, Inner, START_PATIENCE, group, kill_launcher, read_status},
+    instance::{Asker, END_PATIENCE, GLANCE, Inner, START_PATIENCE, group, kill_launcher, read_status},
     launcher::{Order, Privileged, ResourceLimits},
     layout::{InstanceFiles, InstanceKey, private_directory, write_record},
     lock::FileLock,
     logs,
     network::PORT,
     open::write_whole,
+    output::wait_until_written,
     plan::{self, Naming, Sources},
     state::{AppRecord, InstanceRecord, Reach, Run, Stage},
+    stop::kill_now,
 };
-use crate::{DriverError, InstanceHandle, InstanceSpec};
+use crate::{CapacityScope, DriverError, InstanceHandle, InstanceSpec};
 use rustix::fs::{FlockOperation, flock};
 use std::{
     fs::{self, File, OpenOptions, Permissions},
@@ -33,8 +35,8 @@ use std::{
 use systemprompt_contract::AppName;
 use systemprompt_oci::StoredImage;
 
-/// Tasks of the sandbox itself: bwrap outside and inside.
-const SANDBOX_TASKS: u64 = 2;
+/// Tasks of the sandbox itself: bwrap outside and inside, and the output's writer.
+const SANDBOX_TASKS: u64 = 3;
 /// Files an instance may have open.
 const OPEN_FILES: u64 = 65_536;
 
@@ -67,6 +69,7 @@ impl Inner {
         let _app = FileLock::shared(&self.layout.app_lock(app))?;
         let app_record = self.app_record(app)?.ok_or_else(|| DriverError::NotFound(format!("the app {app}")))?;
         self.check(&app_record, app, spec)?;
+        let _alone = self.alone(app)?;
         let _instance = FileLock::exclusive(&self.layout.instance_lock(&key))?;
         crash::point("compute.launch.locked");
         let before = self.settled(&key)?;
@@ -79,7 +82,9 @@ impl Inner {
                 )));
             }
             Some(found) if matches!(found.stage, Stage::Running { .. }) => return Ok(key.handle()),
-            _ => {}
+            // What is left of the earlier run ends in order, so that none of its output is lost.
+            Some(_) => kill_now(self, &key)?,
+            None => {}
         }
         let order = self.prepare(&key, &app_record, spec, image, before.as_ref().map(|found| &found.record))?;
         self.start(&key, &order)?;
@@ -96,18 +101,27 @@ impl Inner {
                 "the app {app} has a user of its own only when it was made as root: run as it was made, or destroy it"
             )));
         }
+        Ok(())
+    }
+
+    /// Where nothing keeps apps apart, makes sure that no other one runs, and lets none start while the lock is held.
+    fn alone(&self, app: &AppName) -> Result<Option<FileLock>, DriverError> {
         if self.networks.is_some() || self.config.unsafe_shared {
-            return Ok(());
+            return Ok(None);
         }
-        for other in self.layout.list_apps()? {
-            if other != *app && !self.layout.list_instances(&other)?.is_empty() {
-                return Err(DriverError::Rejected(format!(
-                    "expected one tenant, since without root nothing keeps several apart, and {other} is here already: \
-                     run as root, or accept that tenants can read each other's data with --unsafe-shared"
-                )));
+        let lock = FileLock::exclusive(&self.layout.installation_lock())?;
+        for key in self.keys()?.into_iter().filter(|key| key.app != *app) {
+            let found = self.look(&key, Asker::Bystander)?;
+            if found.is_some_and(|found| !matches!(found.stage, Stage::Exited(_)) || found.init.is_some()) {
+                let message = format!(
+                    "expected one tenant, since without root nothing keeps several apart, and {} runs already: run as \
+                     root, or accept that tenants can read each other's data with --unsafe-shared",
+                    key.app
+                );
+                return Err(DriverError::Capacity { scope: CapacityScope::Host, message });
             }
         }
-        Ok(())
+        Ok(Some(lock))
     }
 
     /// Everything up to the launcher's start. The record comes first: whatever is made after it is found again.
@@ -212,6 +226,7 @@ impl Inner {
                 (Some(Run { failed: Some(failed), .. }), _) => return Err(DriverError::Transient(failed)),
                 (Some(Run { init: Some(_), .. }), _) => return Ok(()),
                 (_, Some(status)) => {
+                    wait_until_written(&files.output(), Instant::now() + END_PATIENCE)?;
                     let said = logs::sandbox_said(&files.output());
                     let said = said.unwrap_or_else(|| format!("the launcher ended: {status}"));
                     return Err(DriverError::Transient(said));

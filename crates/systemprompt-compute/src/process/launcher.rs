@@ -3,15 +3,15 @@
 //! It exists because nothing may run between `fork` and `exec` in safe Rust. It reads its order from stdin, so that
 //! no secret is ever in a command line or an environment that others can see, and then, in this order: own session;
 //! no inherited descriptors; the status file's lock, which proves that no other launcher of this instance lives,
-//! and which the outer bwrap keeps for its life; header into the status file; control groups; network namespace;
-//! a private view of the paths that are mounted, so that the data directory can stay closed to tenants' users;
-//! resource limits; the app's own uid; bwrap.
+//! and which the outer bwrap keeps for its life; header into the status file; control groups; the output's writer;
+//! network namespace; a private view of the paths that are mounted, so that the data directory can stay closed to
+//! tenants' users; resource limits; the app's own uid; bwrap.
 
 use super::{
     host::{ProcessId, boot_id},
     layout::{InstanceFiles, read_record},
     network::set_sysctl,
-    seccomp,
+    output, seccomp,
     state::{InstanceRecord, RunHeader, StatusLine},
 };
 use chrono::Utc;
@@ -91,7 +91,10 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// in `main`, before any thread exists. `arguments` are what the driver put behind the prefix: they only show in
 /// process lists. On success it never returns, since the process has become the sandbox.
 pub fn launcher_main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    drop(arguments.into_iter());
+    let arguments: Vec<_> = arguments.into_iter().collect();
+    if arguments.first().is_some_and(|first| first == output::WRITER) {
+        return output::write();
+    }
     let order = match read_order() {
         Ok(order) => order,
         Err(error) => return complain(&error),
@@ -105,7 +108,7 @@ pub fn launcher_main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode 
         Ok(None) => return ExitCode::SUCCESS,
         Err(error) => return complain(&error),
     };
-    let Err(error) = run(&order, &status);
+    let Err(error) = run(&order, &status, arguments.len());
     let failed = StatusLine::Failed { failed: error.to_string() };
     // The driver reads it from there; stderr is for the case that even this fails.
     if let Err(error) = append(&status, &failed) {
@@ -145,15 +148,17 @@ fn claim(order: &Order) -> io::Result<Option<File>> {
         return Ok(None);
     }
     let header = RunHeader { attempt: order.attempt, launcher: ProcessId::own()?, boot: boot_id()?, at: Utc::now() };
+    // What earlier attempts wrote says nothing any more, and an instance may be started again for ever.
+    status.set_len(0)?;
     append(&status, &StatusLine::Header(header))?;
     super::crash::point("compute.launcher.header");
     Ok(Some(status))
 }
 
-fn lock(status: &File) -> io::Result<bool> {
+fn lock(file: &File) -> io::Result<bool> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
-        match flock(status, FlockOperation::NonBlockingLockExclusive) {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(true),
             Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(2));
@@ -165,17 +170,15 @@ fn lock(status: &File) -> io::Result<bool> {
 }
 
 /// Everything after the header; returns only what went wrong.
-fn run(order: &Order, status: &File) -> Result<std::convert::Infallible, io::Error> {
+fn run(order: &Order, status: &File, own_arguments: usize) -> Result<std::convert::Infallible, io::Error> {
     for entrance in &order.cgroups {
         let pid = rustix::process::getpid().as_raw_nonzero().to_string();
         fs::write(entrance, pid).map_err(in_words(&format!("entering {}", entrance.display())))?;
     }
     super::crash::point("compute.launcher.cgroup");
+    let output = open_output(order, own_arguments).map_err(in_words("the output"))?;
     // Tenants go first when the host runs out of memory. Raising needs no privilege.
     let _ = fs::write("/proc/self/oom_score_adj", "500");
-    let output = InstanceFiles::at(order.directory.clone()).output();
-    let output =
-        OpenOptions::new().append(true).create(true).mode(0o600).open(output).map_err(in_words("the output"))?;
     if let Some(privileged) = &order.privileged {
         // The app may open /dev/stdout by name, as many do.
         fchown(&output, Some(privileged.uid), Some(privileged.uid)).map_err(in_words("the output"))?;
@@ -207,6 +210,17 @@ fn run(order: &Order, status: &File) -> Result<std::convert::Infallible, io::Err
         command.uid(privileged.uid).gid(privileged.uid);
     }
     Err(in_words("starting bwrap")(command.exec()))
+}
+
+/// The end of a pipe to write output to, with a writer of its own behind it that is in the instance's control groups.
+fn open_output(order: &Order, own_arguments: usize) -> io::Result<OwnedFd> {
+    let path = InstanceFiles::at(order.directory.clone()).output();
+    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+    // Handed on to the writer: whoever cannot get it knows that output is still on its way.
+    if !lock(&file)? {
+        return Err(io::Error::other("expected that the earlier run's output is written, and it still is being"));
+    }
+    output::start_writer(file, own_arguments)
 }
 
 fn append(mut status: &File, line: &StatusLine) -> io::Result<()> {
@@ -268,21 +282,28 @@ fn limit(limits: ResourceLimits) -> io::Result<()> {
 /// Options by descriptor and not by command line: they hold the environment, and both the host's process list and
 /// the tenant (whose pid 1 is bwrap) can read a command line.
 fn arguments(order: &Order, status: &File, filter: Option<&OwnedFd>) -> io::Result<OwnedFd> {
-    let mut text = zeroize::Zeroizing::new(Vec::new());
     let status = status.as_raw_fd().to_string();
-    let mut push = |word: &str| {
+    let filter = filter.map(|filter| filter.as_raw_fd().to_string());
+    let mut words: Vec<&str> = order.options.iter().map(String::as_str).collect();
+    words.extend(["--json-status-fd", &status]);
+    words.extend(filter.iter().flat_map(|filter| ["--seccomp", filter]));
+    words.extend(order.environment.iter().flat_map(|(name, value)| ["--setenv", name, value.expose()]));
+    memory_file("arguments", &separated(&words)?)
+}
+
+/// bwrap's form of a list of words. A NUL within one would begin another option of the image's choosing, such as a
+/// mount of the host; whatever was checked before, it ends here.
+fn separated(words: &[&str]) -> io::Result<zeroize::Zeroizing<Vec<u8>>> {
+    // Whole from the start: what grows leaves copies of secrets behind.
+    let mut text = zeroize::Zeroizing::new(Vec::with_capacity(words.iter().map(|word| word.len() + 1).sum()));
+    for word in words {
+        if word.contains('\0') {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "expected words without NUL, got one with a NUL"));
+        }
         text.extend_from_slice(word.as_bytes());
         text.push(0);
-    };
-    order.options.iter().for_each(|option| push(option));
-    ["--json-status-fd", &status].into_iter().for_each(&mut push);
-    if let Some(filter) = filter {
-        ["--seccomp", &filter.as_raw_fd().to_string()].into_iter().for_each(&mut push);
     }
-    for (name, value) in &order.environment {
-        ["--setenv", name, value.expose()].into_iter().for_each(&mut push);
-    }
-    memory_file("arguments", &text)
+    Ok(text)
 }
 
 /// A file in memory, to be read from its beginning by whoever inherits it.
@@ -325,6 +346,12 @@ mod tests {
     }
 
     #[test]
+    fn a_word_with_nul_is_refused_and_does_not_become_two_options() {
+        assert_eq!(*separated(&["--chdir", "/app"]).expect("words"), b"--chdir\0/app\0");
+        assert!(separated(&["--chdir", "/\0--bind\0/\0/host"]).is_err());
+    }
+
+    #[test]
     fn only_the_launcher_of_the_recorded_attempt_gets_the_instance_and_only_once() {
         let directory = tempfile::tempdir().expect("directory");
         let directory = directory.path();
@@ -337,5 +364,9 @@ mod tests {
         let written = fs::read_to_string(directory.join("status")).expect("status");
         assert_eq!(written.lines().count(), 1, "the late ones wrote nothing: {written}");
         assert!(claim(&order(&directory.join("gone"), 2)).expect("gone").is_none());
+        record(directory, 3);
+        drop(claim(&order(directory, 3)).expect("in time").expect("claimed"));
+        let written = fs::read_to_string(directory.join("status")).expect("status");
+        assert!(written.lines().count() == 1 && written.contains(":3,"), "the latest attempt's only: {written}");
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! installation            six hex digits that tell this installation's chains and links from others' on the machine
+//! place                   device and inode of the data directory: a copy of it is another installation
 //! uids                    how far the kernel uids of its apps go
 //! apps/{app}/app.json     tenant, uid
 //! apps/{app}/storage/     the volume, owned by the app's uid
@@ -12,6 +13,7 @@
 //! trash/                  what is being deleted
 //! ```
 
+use super::remove::remove_tree;
 use crate::{AppHandle, DriverError, InstanceHandle};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
@@ -65,6 +67,9 @@ impl Layout {
         Ok(layout)
     }
 
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
     pub(crate) fn apps(&self) -> PathBuf {
         self.root.join("apps")
     }
@@ -98,6 +103,9 @@ impl Layout {
     pub(crate) fn installation(&self) -> PathBuf {
         self.root.join("installation")
     }
+    pub(crate) fn place(&self) -> PathBuf {
+        self.root.join("place")
+    }
     fn locks(&self) -> PathBuf {
         self.root.join("locks")
     }
@@ -126,25 +134,31 @@ impl Layout {
     }
 
     /// Deletes a directory so that it is gone under its name at once and for good, whatever happens meanwhile.
+    /// On an error what is left lies in the trash, under this name.
     pub(crate) fn discard(&self, directory: &Path) -> io::Result<()> {
-        let unique = format!("{}", uuid::Uuid::new_v4().simple());
-        match fs::rename(directory, self.trash().join(&unique)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => other?,
+        let name = directory.file_name().ok_or_else(|| io::Error::other("expected a directory with a name"))?;
+        let trashed = self.trash().join(format!("{}.{}", name.display(), uuid::Uuid::new_v4().simple()));
+        match fs::rename(directory, &trashed) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => remove_tree(&trashed),
         }
-        fs::remove_dir_all(self.trash().join(unique))
     }
 
-    /// Deletes what an interrupted [`Layout::discard`] left.
-    pub(crate) fn empty_trash(&self) -> io::Result<()> {
+    /// Deletes what an interrupted [`Layout::discard`] left: of directories with this name, or all.
+    ///
+    /// # Errors
+    /// The first that could not be deleted; the others have been all the same.
+    pub(crate) fn empty_trash(&self, name: Option<&str>) -> io::Result<()> {
+        let mut result = Ok(());
         for entry in fs::read_dir(self.trash())? {
-            match fs::remove_dir_all(entry?.path()) {
-                // Another process empties it as well.
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
+            let entry = entry?;
+            let of = entry.file_name().to_str().and_then(|name| name.rsplit_once('.')).map(|(of, _)| of.to_owned());
+            if name.is_none() || name == of.as_deref() {
+                result = result.and(remove_tree(&entry.path()));
             }
         }
-        Ok(())
+        result
     }
 }
 
@@ -235,6 +249,19 @@ mod tests {
         layout.discard(&victim).expect("first");
         layout.discard(&victim).expect("again");
         assert!(!victim.exists());
+        assert_eq!(fs::read_dir(layout.trash()).expect("trash").count(), 0);
+    }
+
+    #[test]
+    fn trash_is_emptied_by_name_or_as_a_whole() {
+        let directory = tempfile::tempdir().expect("directory");
+        let layout = Layout::create(directory.path()).expect("layout");
+        for left in ["a.1", "a.2", "b.1"] {
+            fs::create_dir_all(layout.trash().join(left).join("x")).expect("left");
+        }
+        layout.empty_trash(Some("a")).expect("one");
+        assert_eq!(fs::read_dir(layout.trash()).expect("trash").count(), 1);
+        layout.empty_trash(None).expect("all");
         assert_eq!(fs::read_dir(layout.trash()).expect("trash").count(), 0);
     }
 }

@@ -176,9 +176,11 @@ fn tail(file: &File, lines: usize) -> io::Result<u64> {
     let end = file.metadata()?.len();
     let mut wanted = lines;
     let mut at = end;
+    // What was given back to the disk may be a thousand times what is left.
+    let floor = first_data(file, 0)?;
     let mut buffer = vec![0; CHUNK];
-    while at > 0 {
-        let start = at.saturating_sub(CHUNK as u64);
+    while at > floor {
+        let start = at.saturating_sub(CHUNK as u64).max(floor);
         let part = &mut buffer[..usize::try_from(at - start).expect("at most a chunk")];
         file.read_exact_at(part, start)?;
         for (offset, byte) in part.iter().enumerate().rev() {
@@ -316,6 +318,7 @@ mod tests {
         assert!(after.len() > 512 * 1024 / 14 - 1, "{}", after.len());
         assert_eq!(after, before[before.len() - after.len()..], "whole lines with their old cursors");
         assert_eq!(read(&path, LogStart::After(before[10].cursor)).await, after, "a cursor in the hole");
+        assert_eq!(read(&path, LogStart::Tail(before.len())).await, after, "more lines than there are");
         let late = before[before.len() - 3].cursor;
         assert_eq!(texts(&read(&path, LogStart::After(late)).await), ["line 00199998", "line 00199999"]);
     }
@@ -332,6 +335,18 @@ mod tests {
         assert_eq!(lines.next().await.expect("line").expect("entry").text, "prompt> ");
         std::fs::remove_file(&path).expect("remove");
         assert!(lines.next().await.is_none());
+    }
+
+    #[test]
+    fn a_tail_does_not_read_what_was_given_back() {
+        let (_directory, path) = file(b"");
+        let mut file = OpenOptions::new().read(true).write(true).open(&path).expect("open");
+        file.set_len(1 << 42).expect("a hole of four tebibytes");
+        io::Seek::seek(&mut file, io::SeekFrom::End(0)).expect("seek");
+        file.write_all(b"one\ntwo\n").expect("lines");
+        let begun = Instant::now();
+        tail(&file, 5).expect("tail");
+        assert!(begun.elapsed() < Duration::from_secs(20), "hours, if it went through the hole");
     }
 
     #[test]

@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! driver ── order by stdin ──► launcher ── exec ──► bwrap ──► init of the sandbox (bwrap) ──► the image's command
-//!                                 │ lock on `status`, kept for life      │ output appended to a file
+//!                                 │ lock on `status`, kept for life      │ pipe ──► writer ── appends ──► `output`
 //!                                 └ header, child pid, exit code appended to `status`
 //! ```
 //!
 //! The driver keeps nothing in memory that it needs later. An instance is found again by its status file: init's
 //! pid, checked against the inode of its pid namespace, its uid and the boot; and it ends up in the same file with
-//! its exit code, whoever watches. Output goes to a file, never through a pipe, so that an instance neither blocks
-//! nor dies when nobody reads. A launch that was cut short at any point is repeated under the next attempt number,
+//! its exit code, whoever watches. Output goes through a writer of the instance's own to a file, never to
+//! the driver, so that an instance neither blocks nor dies when nobody reads. A launch that was cut short at any point is repeated under the next attempt number,
 //! and a launcher of an earlier attempt finds its number gone and ends, so there is never a second copy.
 //!
 //! As root each app has a kernel uid of its own, dropped to before bwrap starts, and each instance a network
@@ -34,7 +34,9 @@ mod logs;
 mod machine;
 mod network;
 mod open;
+mod output;
 mod plan;
+mod remove;
 mod seccomp;
 mod state;
 mod stop;
@@ -70,7 +72,8 @@ pub struct ProcessConfig {
     pub images: Arc<dyn ImageSource>,
     /// Directories of the host that every sandbox shows, read-only; sockets in them can be connected to.
     pub binds: Vec<Bind>,
-    /// Without root: run more than one app, though nothing but a pid namespace keeps them apart.
+    /// Without root: run more than one app, though nothing but a pid namespace keeps them apart. As root: run
+    /// instances though no control groups limit them together.
     pub unsafe_shared: bool,
     /// Networks of instances.
     pub network: NetworkConfig,
@@ -153,7 +156,7 @@ impl ProcessDriver {
     }
 }
 
-/// How often output is trimmed and new images are synced.
+/// How often output is trimmed, new images are synced and the trash is emptied.
 const MAINTENANCE: Duration = Duration::from_secs(5);
 
 /// How many rounds pass between two looks at the firewall: a minute.
@@ -166,9 +169,11 @@ async fn maintain(inner: Weak<Inner>) {
         interval.tick().await;
         let Some(inner) = inner.upgrade() else { return };
         let work = move || {
-            inner.maintain()?;
-            // With the first at once: nobody repaired them while no driver was open.
-            if round % ROUNDS_PER_REPAIR == 1 { inner.repair_rules() } else { Ok(()) }
+            let maintained = inner.maintain();
+            // Whatever else fails: without its rules nothing keeps an instance from the host. With the first round at
+            // once: nobody repaired them while no driver was open.
+            let repaired = if round % ROUNDS_PER_REPAIR == 1 { inner.repair_rules() } else { Ok(()) };
+            maintained.and(repaired)
         };
         if let Err(error) = blocking(work).await {
             tracing::warn!(%error, "maintenance of instances failed; it is tried again");

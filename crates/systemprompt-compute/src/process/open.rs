@@ -7,14 +7,15 @@ use super::{
     firewall::{Firewall, Tools},
     host::find_program,
     instance::Inner,
-    layout::{Layout, private_directory},
+    layout::{Layout, private_directory, read_record, write_record},
     lock::FileLock,
     machine,
     network::{Networks, host_resolvers},
+    state::InstanceRecord,
 };
 use std::{
     fs, io,
-    os::unix::process::CommandExt,
+    os::unix::{fs::MetadataExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::atomic::AtomicBool,
@@ -39,6 +40,15 @@ pub enum OpenError {
     NoSandbox {
         /// What bubblewrap said.
         said: String,
+    },
+    /// Run as root, and yet instances could take all the memory there is.
+    #[error(
+        "expected control groups that limit instances: {reason}; give this machine or container writable control groups \
+             with the controllers memory and pids, or accept instances without limits with --unsafe-shared"
+    )]
+    NoLimits {
+        /// What is missing.
+        reason: String,
     },
     /// The data directory cannot be used.
     #[error("the data directory {} cannot be used: {source}", path.display())]
@@ -76,11 +86,18 @@ impl Inner {
         let id = installation_id(&layout).map_err(data_error)?;
         try_sandbox(&bwrap, root.then_some(machine::UIDS.start))?;
         let networks = if root { Some(networks(&config, &id)?) } else { None };
-        let cgroups = root.then(|| Cgroups::detect(&format!("systemprompt-{id}"))).flatten();
-        if cgroups.is_none() {
-            tracing::warn!("no control groups to write to: memory is limited per process and not per instance");
+        let cgroups = match root.then(|| Cgroups::detect(&format!("systemprompt-{id}"))) {
+            Some(Err(reason)) if !config.unsafe_shared => return Err(OpenError::NoLimits { reason }),
+            Some(Ok(cgroups)) => Some(cgroups),
+            none => {
+                let reason = none.and_then(Result::err).unwrap_or_else(|| "not run as root".to_owned());
+                tracing::warn!(reason, "memory is limited per process and not per instance");
+                None
+            }
+        };
+        if let Err(error) = layout.empty_trash(None) {
+            tracing::warn!(%error, "the trash could not be emptied; it is tried again");
         }
-        layout.empty_trash().map_err(data_error)?;
         let inner = Self { layout, config: ProcessConfig { data, ..config }, bwrap, networks, cgroups };
         inner.claim().map_err(|source| OpenError::Machine { source })?;
         Ok(inner)
@@ -106,19 +123,58 @@ fn program(program: &'static str, package: &'static str) -> Result<PathBuf, Open
     find_program(program).ok_or(OpenError::Missing { program, package })
 }
 
-/// Six hex digits made once: they name this installation's chains, links, namespaces and control groups.
+/// Six hex digits made once: they name this installation's chains, links, namespaces and control groups. A copy of a
+/// data directory is another installation, and what its records call running belongs to the original.
 fn installation_id(layout: &Layout) -> io::Result<String> {
     let _lock = FileLock::exclusive(&layout.installation_lock())?;
-    let path = layout.installation();
-    match fs::read_to_string(&path) {
-        Ok(id) if id.len() == 6 && id.bytes().all(|byte| byte.is_ascii_hexdigit()) => Ok(id),
-        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "expected six hex digits in the file `installation`")),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let id = uuid::Uuid::new_v4().simple().to_string()[..6].to_owned();
-            write_whole(&path, &id)?;
-            Ok(id)
+    let directory = fs::metadata(layout.root())?;
+    let here = format!("{}:{}", directory.dev(), directory.ino());
+    let place = read_text(&layout.place())?;
+    let copied = place.as_ref().is_some_and(|place| *place != here);
+    let id = match read_text(&layout.installation())? {
+        _ if copied => {
+            tracing::warn!("the data directory was copied or moved: it is an installation of its own from now on");
+            forget_runs(layout)?;
+            None
         }
-        Err(error) => Err(error),
+        Some(id) if id.len() == 6 && id.bytes().all(|byte| byte.is_ascii_hexdigit()) => Some(id),
+        Some(_) => {
+            let message = "expected six hex digits in the file `installation`";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+        }
+        None => None,
+    };
+    let id = if let Some(id) = id {
+        id
+    } else {
+        let id = uuid::Uuid::new_v4().simple().to_string()[..6].to_owned();
+        write_whole(&layout.installation(), &id)?;
+        id
+    };
+    // Last: what a crash interrupts before it is done again.
+    if place.as_ref() != Some(&here) {
+        write_whole(&layout.place(), &here)?;
+    }
+    Ok(id)
+}
+
+/// Makes all records those of another boot.
+fn forget_runs(layout: &Layout) -> io::Result<()> {
+    for app in layout.list_apps()? {
+        for key in layout.list_instances(&app)? {
+            let path = layout.instance(&key).record();
+            if let Some(record) = read_record::<InstanceRecord>(&path)? {
+                write_record(&path, &InstanceRecord { boot: String::new(), ..record })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read_text(path: &Path) -> io::Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        text => text.map(Some),
     }
 }
 

@@ -76,7 +76,10 @@ impl Sources {
         }
         add(&["--remount-ro", "/run"]);
         add(&["--chdir", if working_directory.is_empty() { "/" } else { working_directory }]);
-        Ok(options)
+        match options.iter().find(|option| option.contains('\0')) {
+            Some(option) => Err(DriverError::Rejected(format!("expected a path without NUL, got {option:?}"))),
+            None => Ok(options),
+        }
     }
 }
 
@@ -136,6 +139,12 @@ mod tests {
         assert!(options.find("--tmpfs /run").expect("run") < options.find("/run/postgresql").expect("bind"));
         assert!(options.ends_with("--chdir /"));
         assert!(!options.contains("/data"), "a path of the host is nobody's business");
+    }
+
+    #[test]
+    fn a_working_directory_cannot_add_options() {
+        let options = sources().options(Naming::Staged, "/\0--bind\0/\0/host", 256 << 20);
+        assert!(matches!(options, Err(DriverError::Rejected(_))), "{options:?}");
     }
 
     #[test]

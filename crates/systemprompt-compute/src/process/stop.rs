@@ -1,10 +1,12 @@
 //! Stopping: first the application is asked, then the sandbox's init is killed, and with it everything inside.
 
 use super::{
-    blocking, host,
-    instance::{Asker, Inner, init_process, kill_rest},
+    blocking,
+    host::{self, ProcessId},
+    instance::{Asker, Inner, init_process},
     layout::InstanceKey,
     lock::FileLock,
+    output::wait_until_written,
     state::Stage,
 };
 use crate::DriverError;
@@ -63,11 +65,13 @@ pub(crate) fn kill_now(inner: &Inner, key: &InstanceKey) -> Result<(), DriverErr
     loop {
         let Some(found) = inner.look(key, Asker::Holder)? else { return Ok(()) };
         let launcher = found.run.as_ref().map(|run| run.header.launcher).filter(|launcher| launcher.is_alive());
-        match (&found.stage, found.init_alive, launcher) {
-            (Stage::Exited(_), false, _) => return Ok(()),
-            (_, true, _) => kill_rest(&found)?,
+        match (&found.stage, found.init, launcher) {
+            (Stage::Exited(_), None, _) => {
+                return Ok(wait_until_written(&inner.layout.instance(key).output(), deadline)?);
+            }
+            (_, Some(init), _) => kill(init)?,
             // Not yet a sandbox: the launcher itself. With an init that is gone, bwrap is about to end by itself.
-            (Stage::Starting, false, Some(launcher)) => kill(launcher.pid)?,
+            (Stage::Starting, None, Some(launcher)) => kill(launcher)?,
             _ => {}
         }
         if Instant::now() > deadline {
@@ -77,9 +81,9 @@ pub(crate) fn kill_now(inner: &Inner, key: &InstanceKey) -> Result<(), DriverErr
     }
 }
 
-/// SIGKILL to a process that was just seen to be ours.
-pub(crate) fn kill(pid: i32) -> Result<(), DriverError> {
-    send(pid, Signal::KILL)
+/// SIGKILL to a process of ours.
+pub(crate) fn kill(process: ProcessId) -> Result<(), DriverError> {
+    send(process.pid, Signal::KILL, || process.is_alive())
 }
 
 fn is_running(inner: &Inner, key: &InstanceKey) -> Result<bool, DriverError> {
@@ -93,16 +97,35 @@ fn tell(inner: &Inner, key: &InstanceKey) -> Result<bool, DriverError> {
     let run = inner.look(key, Asker::Holder)?.and_then(|found| found.run);
     let Some(init) = run.and_then(|run| init_process(&run, uid)) else { return Ok(false) };
     let Some(app) = host::first_child(init.pid) else { return Ok(false) };
-    send(app, Signal::TERM)?;
+    send(app, Signal::TERM, || init.is_alive() && host::first_child(init.pid) == Some(app))?;
     Ok(true)
 }
 
-fn send(pid: i32, signal: Signal) -> Result<(), DriverError> {
+/// A signal to the process that has this number and of which `is_ours` holds.
+fn send(pid: i32, signal: Signal, is_ours: impl FnOnce() -> bool) -> Result<(), DriverError> {
     let Some(pid) = Pid::from_raw(pid) else { return Ok(()) };
-    // By descriptor: between opening and sending, the number cannot come to mean another process.
-    let sent = pidfd_open(pid, PidfdFlags::empty()).and_then(|process| pidfd_send_signal(&process, signal));
+    // Looked at behind a descriptor of it: the number may have come to mean another process since it was read, and
+    // whatever holds it now cannot change any more without ending first.
+    let sent = pidfd_open(pid, PidfdFlags::empty())
+        .and_then(|process| if is_ours() { pidfd_send_signal(&process, signal) } else { Ok(()) });
     match sent {
         Ok(()) | Err(Errno::SRCH) => Ok(()),
         Err(error) => Err(DriverError::Transient(format!("signalling process {pid:?}: {error}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_that_means_another_process_by_now_gets_no_signal() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("a process");
+        let pid = i32::try_from(child.id()).expect("pid");
+        let start = host::Stat::read(pid).expect("stat").start;
+        kill(ProcessId { pid, start: start - 1 }).expect("an earlier one of this number has ended");
+        assert_eq!(child.try_wait().expect("status"), None, "it lives");
+        kill(ProcessId { pid, start }).expect("a kill");
+        assert!(!child.wait().expect("status").success());
     }
 }

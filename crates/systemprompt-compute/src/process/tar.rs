@@ -85,8 +85,15 @@ pub(crate) fn walk<E: From<TarError>>(
             EntryType::GNULongName => pending.path = Some(until_nul(&record(&mut entry, size)?).to_vec()),
             EntryType::GNULongLink => pending.link = Some(until_nul(&record(&mut entry, size)?).to_vec()),
             EntryType::XHeader => pending.pax(&record(&mut entry, size)?)?,
-            // Holds for all entries; what it may say (times, owners, a comment) is not taken over.
-            EntryType::XGlobalHeader => Records::default().pax(&record(&mut entry, size)?)?,
+            // Holds for all entries; what it may say (times, owners, a comment) is not taken over. Some readers take
+            // more from it and some less.
+            EntryType::XGlobalHeader => {
+                let mut all = Records::default();
+                all.pax(&record(&mut entry, size)?)?;
+                if all.says_something() {
+                    return Err(TarError::Malformed("a global record names a path, a link or a size").into());
+                }
+            }
             _ => {
                 let records = std::mem::take(&mut pending);
                 if records.size.is_some_and(|stated| stated != size) {
@@ -103,7 +110,7 @@ pub(crate) fn walk<E: From<TarError>>(
             }
         }
     }
-    if pending.path.is_some() || pending.link.is_some() || pending.size.is_some() {
+    if pending.says_something() {
         return Err(TarError::Malformed("it ends after a record that belongs to an entry").into());
     }
     Ok(())
@@ -118,6 +125,10 @@ struct Records {
 }
 
 impl Records {
+    fn says_something(&self) -> bool {
+        self.path.is_some() || self.link.is_some() || self.size.is_some()
+    }
+
     fn pax(&mut self, record: &[u8]) -> Result<(), TarError> {
         for pair in PaxExtensions::new(record) {
             let pair = pair.map_err(|_| TarError::Malformed("a PAX record is not well-formed"))?;
@@ -161,4 +172,35 @@ fn until_nul(bytes: &[u8]) -> &[u8] {
 
 fn path(bytes: &[u8]) -> PathBuf {
     PathBuf::from(OsStr::from_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_global_record_names_nothing() {
+        let check = |record: &str| {
+            let mut tar = tar::Builder::new(Vec::new());
+            for (kind, name, content) in [(EntryType::XGlobalHeader, "pax", record), (EntryType::Regular, "a", "x")] {
+                let mut header = tar::Header::new_ustar();
+                header.set_path(name).expect("name");
+                header.set_mode(0o644);
+                header.set_entry_type(kind);
+                header.set_size(content.len() as u64);
+                header.set_cksum();
+                tar.append(&header, content.as_bytes()).expect("entry");
+            }
+            let mut names = Vec::new();
+            walk(&*tar.into_inner().expect("tar"), |entry| {
+                names.push(entry.path.display().to_string());
+                Ok::<(), TarError>(())
+            })
+            .map(|()| names)
+        };
+        assert_eq!(check("17 comment=hello\n").expect("harmless"), ["a"]);
+        for record in ["10 path=b\n", "14 linkpath=b\n", "10 size=1\n"] {
+            assert!(matches!(check(record), Err(TarError::Malformed(_))), "{record}");
+        }
+    }
 }

@@ -51,17 +51,20 @@ impl Fixture {
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Runs the whole body. The driver may have other apps; they are left alone.
+/// Runs the whole body. `open` gives the driver anew each time, as another process would have it. The driver may have
+/// other apps; they are left alone.
 ///
 /// # Panics
 /// With what was expected, when the driver does not conform.
-pub async fn conformance(driver: &dyn ComputeDriver, fixture: &Fixture) {
+pub async fn conformance(open: &(dyn Fn() -> Box<dyn ComputeDriver> + Sync), fixture: &Fixture) {
+    let driver = &*open();
     let Capabilities { .. } = driver.capabilities();
     nothing_is_no_error(driver, fixture).await;
     life_of_an_instance(driver, fixture).await;
     environment_and_output(driver, fixture).await;
     ends_and_their_reasons(driver, fixture).await;
     two_of_one_app(driver, fixture).await;
+    another_driver_goes_on(open, fixture).await;
 }
 
 async fn nothing_is_no_error(driver: &dyn ComputeDriver, fixture: &Fixture) {
@@ -205,6 +208,35 @@ async fn two_of_one_app(driver: &dyn ComputeDriver, fixture: &Fixture) {
         healthy(new_address).await;
     }
     driver.destroy_app(&handle).await.expect("the app's end");
+}
+
+async fn another_driver_goes_on(open: &(dyn Fn() -> Box<dyn ComputeDriver> + Sync), fixture: &Fixture) {
+    const VALUE: &str = "a-value-that-nobody-may-see";
+    let app = fixture.app();
+    let driver = open();
+    let handle = driver.ensure_app(&app).await.expect("an app");
+    let mut spec = fixture.instance(&app, "serve");
+    spec.env.insert("SECRET".to_owned(), Secret::new(VALUE));
+    // A caller that gives up at once, and a driver that is gone: repeating converges.
+    let given_up = tokio::time::timeout(Duration::from_millis(1), driver.launch(&handle, &spec)).await;
+    drop((given_up, driver));
+    let instance = open().launch(&handle, &spec).await.expect("a launch");
+    let address = running(&*open(), &instance).await;
+    healthy(address).await;
+    let process = get(address, "/link?/proc/self/ns/pid").await.expect("an answer");
+
+    let driver = open();
+    assert_eq!(running(&*driver, &instance).await, address, "it outlives the driver that launched it");
+    assert_eq!(driver.launch(&handle, &spec).await.as_ref(), Ok(&instance), "found again by another");
+    assert_eq!(get(address, "/link?/proc/self/ns/pid").await.expect("an answer"), process, "the same process");
+    let refused = InstanceSpec { image: Digest::of(b"another image"), ..spec.clone() };
+    let error = driver.launch(&handle, &refused).await.expect_err("another image under the same deployment");
+    let found = driver.instances().await.expect("instances");
+    for text in [format!("{error} {error:?}"), format!("{instance:?} {found:?} {driver:?}")] {
+        assert!(!text.contains(VALUE), "a value of the environment in {text}");
+    }
+    driver.destroy_app(&handle).await.expect("the app's end");
+    assert!(!answers(address).await, "stopped by a driver that did not launch it");
 }
 
 /// Waits until the instance runs and returns its address.

@@ -52,7 +52,7 @@ async fn run(order: &ControlOrder) -> Result<String, Box<dyn std::error::Error>>
     let program = std::env::current_exe()?;
     let images = Arc::new(ImageDirectory::default());
     let image = images.add(None, app_image(&order.images, &program)?);
-    let launcher = vec![program.into(), "launch-instance".into()];
+    let launcher = vec!["/proc/self/exe".into(), "launch-instance".into()];
     let config = ProcessConfig {
         unsafe_shared: order.unsafe_shared,
         ..ProcessConfig::new(order.data.clone(), launcher, images)

@@ -14,7 +14,6 @@ use systemprompt_compute::testing::conformance;
 #[tokio::test(flavor = "multi_thread")]
 async fn the_process_driver_conforms() {
     let host = Host::new();
-    let driver = host.driver();
-    conformance(&driver, &host.fixture()).await;
+    conformance(&|| Box::new(host.driver()), &host.fixture()).await;
     host.check_nothing_left();
 }

@@ -80,6 +80,23 @@ async fn without_root_there_is_one_tenant_unless_told_otherwise() {
     let destroyed = run(&host.order(None));
     assert_eq!(destroyed, "ok", "stopped without root as well");
     assert!(!health().await);
+
+    let orders = [order(false), order(false)];
+    let said = std::thread::scope(|scope| {
+        let threads = orders.each_ref().map(|order| scope.spawn(|| run(order)));
+        threads.map(|thread| thread.join().expect("no panic"))
+    });
+    let started: Vec<_> = said.iter().filter(|said| said.starts_with("ok ")).collect();
+    assert!(started.len() == 1 && said.iter().any(|said| said.contains("--unsafe-shared")), "of two at once: {said:?}");
+    let address = shared_address(&host, started[0]);
+    let health = || async { systemprompt_compute::testing::get(address, "/api/v1/health").await.is_ok() };
+    systemprompt_compute::testing::poll("health", health).await;
+    systemprompt_compute::testing::get(address, "/exit?0").await.expect_err("it ends before it answers");
+    systemprompt_compute::testing::poll("its end", || async { crate::host::processes_of(&host.data()).is_empty() })
+        .await;
+    let next = run(&order(false));
+    assert!(next.starts_with("ok "), "what has ended does not count: {next}");
+    assert_eq!(run(&host.order(None)), "ok");
     assert_eq!(crate::host::processes_of(&host.data()), Vec::<String>::new());
 }
 

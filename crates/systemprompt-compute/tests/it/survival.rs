@@ -77,6 +77,29 @@ async fn output_is_bounded_and_no_line_of_what_is_kept_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_application_cannot_cut_off_what_it_has_printed() {
+    let host = Host::new();
+    let driver = host.driver();
+    let app = host.run(&driver).await;
+    let lines = || async {
+        let entries = driver.logs(&app.instance, LogStart::Beginning, false);
+        entries.map_ok(|entry| entry.text).try_collect::<Vec<_>>().await.expect("output")
+    };
+    // As `echo > /dev/stdout` does: with O_TRUNC.
+    assert_eq!(app.ask("/write?/dev/stdout").await, "written");
+    poll("the line", || async { lines().await.iter().any(|line| line == "written") }).await;
+    assert_eq!(lines().await[0], "started serve");
+    app.ask("/flood?5000").await;
+    get(app.address, "/exit?0").await.expect_err("it ends before it answers");
+    poll("its end", || async { matches!(driver.inspect(&app.instance).await, Ok(InstanceState::Exited { .. })) }).await;
+    let found = lines().await;
+    driver.launch(&app.app, &app.spec).await.expect("a launch");
+    assert_eq!(lines().await[..found.len()], found, "nothing came after its end");
+    driver.destroy_app(&app.app).await.expect("the app's end");
+    host.check_nothing_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_instance_of_an_earlier_boot_has_ended_and_starts_again() {
     let host = Host::new();
     let driver = host.driver();
@@ -100,6 +123,25 @@ async fn an_instance_of_an_earlier_boot_has_ended_and_starts_again() {
     driver.launch(&app.app, &app.spec).await.expect("a launch");
     let address = running(&driver, &app.instance).await;
     poll("health", || async { get(address, "/api/v1/health").await.is_ok() }).await;
+    driver.destroy_app(&app.app).await.expect("the app's end");
+    host.check_nothing_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_the_data_directory_takes_nothing_of_the_originals() {
+    let host = Host::new();
+    let driver = host.driver();
+    let app = host.run(&driver).await;
+    let copy = host.directory.path().join("copy");
+    let copied = std::process::Command::new("cp").arg("-a").args([&host.data(), &copy]).status().expect("cp");
+    assert!(copied.success());
+    let config = systemprompt_compute::process::ProcessConfig { data: copy.clone(), ..host.config() };
+    let second = systemprompt_compute::process::ProcessDriver::open(config).expect("a driver");
+    assert_ne!(std::fs::read_to_string(copy.join("installation")).expect("id"), host.id());
+    let state = second.inspect(&app.instance).await.expect("a state");
+    assert!(matches!(state, InstanceState::Exited { .. }), "not what runs for the original: {state:?}");
+    second.destroy_app(&app.app).await.expect("the copy's end");
+    assert_eq!(app.ask("/read?/proc/self/comm").await.trim(), "app", "the original runs on");
     driver.destroy_app(&app.app).await.expect("the app's end");
     host.check_nothing_left();
 }

@@ -216,6 +216,10 @@ async fn a_manifest_is_checked_before_it_is_taken() {
     let no_tar = Image::of(gzip(&noise(2000, 3)), good.config.clone());
     tenant.push_blob(&no_tar.layer).await;
     refused(&no_tar.manifest, "checksum").await;
+    let option = Image::with_command("app", b"program", &["/app\0--bind\0/\0/host"]);
+    tenant.push_blob(&option.layer).await;
+    tenant.push_blob(&option.config).await;
+    refused(&option.manifest, "without NUL").await;
 
     let by_other_digest = tenant.put_manifest(&Digest::of(b"x").to_string(), &good.manifest).await;
     assert_eq!(error_code(by_other_digest).await, "DIGEST_INVALID");
