@@ -8,7 +8,7 @@ use crate::{
     tenants::{delete::DeleteTenant, store},
 };
 use std::{collections::HashSet, time::Duration};
-use systemprompt_compute::{FoundApp, InstanceState};
+use systemprompt_compute::{DriverError, FoundApp, FoundInstance, InstanceState};
 use systemprompt_contract::{DatabaseName, Subject, TenantId};
 use systemprompt_workflow::{Db, NewOperation, enqueue};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -62,15 +62,21 @@ async fn instances(db: &Db, infrastructure: &Infrastructure) -> anyhow::Result<(
     let wanted: HashSet<_> = store::with_instance(db.pool()).await?.into_iter().collect();
     let readable: HashSet<_> = store::recently_ended(db.pool(), KEPT_OUTPUTS).await?.into_iter().collect();
     for instance in found.into_iter().filter(|found| !wanted.contains(&found.deployment)) {
-        if matches!(instance.state, InstanceState::Running { .. } | InstanceState::Starting) {
-            tracing::info!(app = %instance.app, deployment = %instance.deployment, "stopping an instance that nothing asks for");
-            infrastructure.driver.stop(&instance.handle, infrastructure.limits.stop_grace).await?;
-        }
-        if !readable.contains(&instance.deployment) {
-            infrastructure.driver.remove(&instance.handle).await?;
+        // One that cannot be stopped or removed must not keep the others.
+        if let Err(error) = collect(infrastructure, &instance, readable.contains(&instance.deployment)).await {
+            tracing::warn!(app = %instance.app, deployment = %instance.deployment, %error, "an instance that nothing asks for stays; trying again later");
         }
     }
     Ok(())
+}
+
+/// Stops an instance that nothing asks for, and deletes it unless its output can still be read.
+async fn collect(infrastructure: &Infrastructure, instance: &FoundInstance, readable: bool) -> Result<(), DriverError> {
+    if matches!(instance.state, InstanceState::Running { .. } | InstanceState::Starting) {
+        tracing::info!(app = %instance.app, deployment = %instance.deployment, "stopping an instance that nothing asks for");
+        infrastructure.driver.stop(&instance.handle, infrastructure.limits.stop_grace).await?;
+    }
+    if readable { Ok(()) } else { infrastructure.driver.remove(&instance.handle).await }
 }
 
 async fn apps(db: &Db, infrastructure: &Infrastructure) -> anyhow::Result<()> {
