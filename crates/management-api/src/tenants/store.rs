@@ -75,6 +75,10 @@ impl Tenant {
     pub(crate) fn slug(&self) -> TenantSlug {
         self.id.slug()
     }
+    /// Whether `release` is live and to be served.
+    pub(crate) fn serves(&self, release: DeploymentId) -> bool {
+        matches!(self.phase, TenantPhase::Running | TenantPhase::Deploying) && self.live_deployment == Some(release)
+    }
     pub(crate) fn status(&self) -> TenantStatus {
         state::status(self.phase, self.failure.as_deref(), self.purge_after)
     }
@@ -150,9 +154,10 @@ pub(crate) async fn all(pool: &PgPool) -> Result<Vec<Tenant>, sqlx::Error> {
     Ok(rows.into_iter().map(Tenant::from).collect())
 }
 
-/// Tenants with a release that should be served and nothing else going on.
+/// Tenants with a release that should be served, whatever else is going on; as [`Tenant::serves`].
 pub(crate) async fn serving(pool: &PgPool) -> Result<Vec<Tenant>, sqlx::Error> {
-    let rows = select_tenants!("phase = 'running' AND active_operation IS NULL").fetch_all(pool).await?;
+    let rows =
+        select_tenants!("phase IN ('running', 'deploying') AND live_deployment IS NOT NULL").fetch_all(pool).await?;
     Ok(rows.into_iter().map(Tenant::from).collect())
 }
 
@@ -318,9 +323,48 @@ pub(crate) async fn live_deployment(pool: &PgPool, tenant: TenantId) -> Result<O
         .transpose()
 }
 
-/// The deployment whose instance's output is of interest: the newest that got one, also when it failed.
-pub(crate) async fn newest_deployment(pool: &PgPool, tenant: TenantId) -> Result<Option<Deployment>, sqlx::Error> {
-    select_deployments!("tenant_id = $1 AND instance IS NOT NULL ORDER BY created_at DESC LIMIT 1", tenant.uuid())
+/// The deployment whose output is shown: the live one or, while its operation works on the tenant, the one that is
+/// to take its place. A tenant with neither shows the newest that got an instance.
+pub(crate) async fn shown_deployment(pool: &PgPool, tenant: TenantId) -> Result<Option<Deployment>, sqlx::Error> {
+    select_deployments!(
+        "tenant_id = $1 AND instance IS NOT NULL
+         ORDER BY state = 'live' OR operation_id IS NOT DISTINCT FROM (SELECT active_operation FROM tenants WHERE id = $1) DESC,
+                  created_at DESC LIMIT 1",
+        tenant.uuid()
+    )
+    .fetch_optional(pool)
+    .await?
+    .map(Deployment::try_from)
+    .transpose()
+}
+
+/// The deployment whose output goes on where that of `before` ended: the next that became live or, as long as none
+/// is, the next at all.
+pub(crate) async fn next_deployment(
+    pool: &PgPool,
+    tenant: TenantId,
+    before: DeploymentId,
+) -> Result<Option<Deployment>, sqlx::Error> {
+    select_deployments!(
+        "tenant_id = $1 AND instance IS NOT NULL AND created_at > (SELECT created_at FROM deployments WHERE id = $2)
+           AND (live_at IS NOT NULL OR NOT EXISTS (SELECT 1 FROM deployments WHERE tenant_id = $1 AND state = 'live'))
+         ORDER BY created_at LIMIT 1",
+        tenant.uuid(),
+        before.uuid()
+    )
+    .fetch_optional(pool)
+    .await?
+    .map(Deployment::try_from)
+    .transpose()
+}
+
+/// A deployment of this tenant; nothing for that of another.
+pub(crate) async fn deployment_of(
+    pool: &PgPool,
+    tenant: TenantId,
+    id: DeploymentId,
+) -> Result<Option<Deployment>, sqlx::Error> {
+    select_deployments!("tenant_id = $1 AND id = $2", tenant.uuid(), id.uuid())
         .fetch_optional(pool)
         .await?
         .map(Deployment::try_from)
@@ -473,88 +517,92 @@ pub(crate) async fn retire_all(tx: &mut PgTransaction<'_>, tenant: TenantId) -> 
     Ok(())
 }
 
-/// Counts a crash of the live instance.
-pub(crate) async fn note_exit(pool: &PgPool, id: DeploymentId, exit: &str) -> Result<i32, sqlx::Error> {
+/// Counts an end of the live instance, once for each `at`, and returns how many there were; nothing when it was
+/// counted before.
+pub(crate) async fn note_exit(
+    pool: &PgPool,
+    id: DeploymentId,
+    exit: &str,
+    at: DateTime<Utc>,
+) -> Result<Option<i32>, sqlx::Error> {
     sqlx::query_scalar!(
-        "UPDATE deployments SET restarts = restarts + 1, last_exit = $2 WHERE id = $1 RETURNING restarts",
+        "UPDATE deployments SET restarts = restarts + 1, last_exit = $2, last_exit_at = $3
+         WHERE id = $1 AND (last_exit_at IS NULL OR last_exit_at < $3) RETURNING restarts",
         id.uuid(),
-        exit
+        exit,
+        at,
     )
-    .fetch_one(pool)
+    .fetch_optional(pool)
     .await
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::{Role, testing::TestDatabase};
-    use systemprompt_contract::CheckoutId;
-
-    async fn tenant_row(database: &TestDatabase) -> TenantId {
-        let account = database.account("ada@example.com", Role::Member).await.id;
-        let (id, checkout) = (TenantId::new(), CheckoutId::new());
-        sqlx::query(
-            "INSERT INTO checkouts (id, account_id, price_id, plan_name, memory_mb, volume_gb, region, tenant_name)
-             VALUES ($1, $2, 'p', 'Plan', 1, 1, 'iad', 't')",
-        )
-        .bind(checkout.uuid())
-        .bind(account.uuid())
-        .execute(database.db.pool())
-        .await
-        .unwrap();
-        let name = "t".parse().unwrap();
-        let operation = OperationId::new();
-        let new = NewTenant { id, account, checkout, name: &name, region: Region::Iad, memory_mb: 1, operation };
-        let mut tx = database.db.begin().await.unwrap();
-        insert(&mut tx, &new).await.unwrap();
-        insert(&mut tx, &new).await.unwrap();
-        advance(&mut tx, id, TenantEvent::Ready, Moved::default()).await.unwrap();
-        tx.commit().await.unwrap();
-        id
-    }
-
-    /// Deploys `releases` images one after the other and returns their digests, oldest first.
-    async fn release(database: &TestDatabase, tenant: TenantId, releases: u8) -> Vec<Digest> {
-        let mut digests = Vec::new();
-        for number in 0..releases {
-            let (id, operation, digest) = (DeploymentId::new(), OperationId::new(), Digest::of(&[number]));
-            let key = id.to_string();
-            let new = NewDeployment { id, tenant, image: "i", digest: &digest, operation, key: &key };
-            let mut tx = database.db.begin().await.unwrap();
-            insert_deployment(&mut tx, &new).await.unwrap();
-            let moved = Moved { operation: Some(operation), ..Moved::default() };
-            advance(&mut tx, tenant, TenantEvent::DeployAsked, moved).await.unwrap();
-            tx.commit().await.unwrap();
-            let mut tx = database.db.begin().await.unwrap();
-            make_live(&mut tx, tenant, id).await.unwrap();
-            advance(&mut tx, tenant, TenantEvent::DeploySucceeded, Moved::default()).await.unwrap();
-            tx.commit().await.unwrap();
-            digests.push(digest);
-        }
-        digests
-    }
+    use crate::{
+        identity::testing::TestDatabase,
+        tenants::testing::{ask, fail, release, tenant_row},
+    };
 
     #[tokio::test]
     async fn the_ten_newest_releases_keep_their_images() {
         let database = TestDatabase::start().await;
         let tenant = tenant_row(&database).await;
-        let digests = release(&database, tenant, 13).await;
+        let mut releases = Vec::new();
+        for _ in 0..13 {
+            releases.push(release(&database, tenant).await);
+        }
         let mut kept: Vec<Digest> =
             kept_images(database.db.pool(), 10).await.unwrap().into_iter().map(|(_, digest)| digest).collect();
-        let mut newest = digests[3..].to_vec();
+        let mut newest: Vec<Digest> = releases[3..].iter().map(|release| release.digest).collect();
         kept.sort();
         newest.sort();
         assert_eq!(kept, newest);
         let live = live_deployment(database.db.pool(), tenant).await.unwrap().unwrap();
-        assert_eq!(live.digest, digests[12]);
+        assert_eq!(live.id, releases[12].id);
         assert_eq!(recently_ended(database.db.pool(), 2).await.unwrap().len(), 2);
         assert_eq!(with_instance(database.db.pool()).await.unwrap(), [live.id]);
         // While an operation works on the tenant, what it replaces is its own business and no garbage.
-        let moved = Moved { operation: Some(OperationId::new()), ..Moved::default() };
-        let mut tx = database.db.begin().await.unwrap();
-        advance(&mut tx, tenant, TenantEvent::DeployAsked, moved).await.unwrap();
-        tx.commit().await.unwrap();
-        assert_eq!(with_instance(database.db.pool()).await.unwrap().len(), digests.len());
+        let asked = ask(&database, tenant).await;
+        assert_eq!(with_instance(database.db.pool()).await.unwrap().len(), releases.len() + 1);
+        // And what is live goes on being looked after.
+        let serving = serving(database.db.pool()).await.unwrap();
+        assert!(serving.len() == 1 && serving[0].serves(live.id) && !serving[0].serves(asked.id), "{serving:?}");
+    }
+
+    #[tokio::test]
+    async fn output_follows_what_is_live() {
+        let database = TestDatabase::start().await;
+        let (pool, tenant) = (database.db.pool(), tenant_row(&database).await);
+        let shown = async || shown_deployment(pool, tenant).await.unwrap().map(|shown| shown.id);
+        let next = async |before| next_deployment(pool, tenant, before).await.unwrap().map(|next| next.id);
+        assert_eq!(shown().await, None);
+        let first = ask(&database, tenant).await;
+        fail(&database, tenant, first.id).await;
+        assert_eq!(shown().await, Some(first.id), "nothing is live");
+        let second = ask(&database, tenant).await;
+        assert_eq!((shown().await, next(first.id).await), (Some(second.id), Some(second.id)));
+        fail(&database, tenant, second.id).await;
+        let live = release(&database, tenant).await;
+        let sick = ask(&database, tenant).await;
+        assert_eq!((shown().await, next(live.id).await), (Some(sick.id), None), "while its operation runs");
+        fail(&database, tenant, sick.id).await;
+        assert_eq!((shown().await, next(live.id).await), (Some(live.id), None), "a failed one takes no place");
+        let [later, latest] = [release(&database, tenant).await, release(&database, tenant).await];
+        assert_eq!((next(first.id).await, next(live.id).await), (Some(live.id), Some(later.id)), "none is left out");
+        assert_eq!((next(later.id).await, shown().await), (Some(latest.id), Some(latest.id)));
+        assert!(deployment_of(pool, TenantId::new(), live.id).await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn an_end_is_counted_once() {
+        let database = TestDatabase::start().await;
+        let tenant = tenant_row(&database).await;
+        let id = release(&database, tenant).await.id;
+        let at = Utc::now();
+        let note = async |at| note_exit(database.db.pool(), id, "exited with code 0", at).await.unwrap();
+        assert_eq!((note(at).await, note(at).await), (Some(1), None));
+        assert_eq!(note(at + chrono::TimeDelta::seconds(1)).await, Some(2));
     }
 
     #[tokio::test]
