@@ -131,7 +131,39 @@ async fn an_app_that_dies_is_started_again_and_its_owner_is_told_why() -> anyhow
     let status = stack.call(Method::GET, &paths::tenant(tenant.id, "/status"), None).await?;
     let message = status["data"]["message"].as_str().unwrap_or_default();
     ensure!(message.contains("code 9") && status["data"]["status"] == "running", "{status}");
+    // Well ended is ended as well.
+    let _ = stack.get(&tenant, "/leave").await;
+    let restarted = async |times: &str, exit: &str| {
+        let status = stack.call(Method::GET, &paths::tenant(tenant.id, "/status"), None).await;
+        let message = status.map(|status| status["data"]["message"].to_string()).unwrap_or_default();
+        message.contains(&format!("restarted {times} times")) && message.contains(exit)
+    };
+    until("the second end is told", async || restarted("2", "code 0").await).await?;
+    until("it answers again", async || stack.get(&tenant, "/").await.is_ok_and(|(status, _)| status == 200)).await?;
     World::look(&stack).await?.check(&[tenant.id], &[tenant.id])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_serves_is_started_again_while_a_sick_release_is_waited_for() -> anyhow::Result<()> {
+    let stack = Stack::start_with(&Start { arguments: &["--healthy-within", "3600"], ..Start::default() }).await?;
+    let tenant = stack.provision("guarded").await?;
+    TestApp { behaviour: "mortal", text: "serves" }.release(&stack, &tenant).await?;
+    let sick =
+        TestApp { behaviour: "sick", text: "never" }.push(&stack, &tenant).await?.submit(&stack, &tenant).await?;
+    until("the sick release runs beside it", async || {
+        World::look(&stack).await.is_ok_and(|world| world.instances.len() == 2)
+    })
+    .await?;
+    for ended in ["/die", "/leave"] {
+        let _ = stack.get(&tenant, ended).await;
+        until("it answers again", async || {
+            stack.get(&tenant, "/").await.is_ok_and(|(status, body)| status == 200 && body == "serves")
+        })
+        .await?;
+    }
+    let view = stack.call(Method::GET, &format!("/api/v1/operations/{sick}"), None).await?;
+    ensure!(view["data"]["status"] == "running", "{view}");
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

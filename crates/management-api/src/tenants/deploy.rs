@@ -324,7 +324,7 @@ fn again(error: systemprompt_compute::DriverError) -> StepError {
 fn crashed(reason: &str) -> StepError {
     StepError::Permanent(
         ApiError::new(ErrorCode::AppCrashed, format!("the app ended before it was healthy: {reason}."))
-            .hint("Its last lines are shown here; all of them: systemprompt cloud logs"),
+            .hint("Its last lines are shown here; as long as no release is live, all of them: systemprompt cloud logs"),
     )
 }
 
