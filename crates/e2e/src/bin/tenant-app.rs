@@ -6,8 +6,8 @@
 //! | `crash` | writes a line and ends with code 7 |
 //! | `sick` | answers every path with 500 |
 //! | `silent` | listens and never answers |
-//! | `lines` | healthy, and writes 10 MB of numbered lines as soon as `/write` is asked for |
-//! | `mortal` | healthy, and ends with code 9 when asked for `/die` |
+//! | `lines` | mortal, and writes 10 MB of numbered lines, for some seconds, as soon as `/write` is asked for |
+//! | `mortal` | healthy, and ends with code 9 when asked for `/die`, with code 0 when asked for `/leave` |
 //! | `dial` | healthy; `/dial` tries every `host:port`, `udp:host:port`, `unix:path` and `unix:@abstract` of the query and
 //! | | lists those that answered |
 
@@ -79,7 +79,8 @@ fn serve(connection: TcpStream, behaviour: &str, text: &str) {
                 thread::sleep(Duration::from_secs(3));
                 text.to_owned()
             }
-            "/die" if behaviour == "mortal" => std::process::exit(9),
+            "/die" if matches!(behaviour, "mortal" | "lines") => std::process::exit(9),
+            "/leave" if behaviour == "mortal" => std::process::exit(0),
             "/dial" if behaviour == "dial" => dial(query),
             _ => text.to_owned(),
         };
@@ -92,10 +93,13 @@ fn serve(connection: TcpStream, behaviour: &str, text: &str) {
     }
 }
 
-/// 10 MB in 100,000 numbered lines.
+/// 10 MB in 100,000 numbered lines, in not less than five seconds: a test has to do something meanwhile.
 fn write_lines() {
     let mut out = std::io::stdout().lock();
     for number in 0..100_000 {
+        if number % 100 == 0 {
+            thread::sleep(Duration::from_millis(5));
+        }
         if writeln!(out, "line {number:06} {}", "x".repeat(87)).is_err() {
             return;
         }

@@ -1,6 +1,6 @@
 //! Bad input and missing things: an error that says what to do, and nothing lost.
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use e2e::{Stack, Start, TestApp, World, push, until};
 use reqwest::Method;
 use serde_json::json;
@@ -125,13 +125,47 @@ async fn an_app_that_dies_is_started_again_and_its_owner_is_told_why() -> anyhow
     let stack = Stack::start().await?;
     let tenant = stack.provision("mortal").await?;
     TestApp { behaviour: "mortal", text: "back" }.release(&stack, &tenant).await?;
-    let died = stack.get(&tenant, "/die").await;
-    ensure!(died.as_ref().map_or(true, |(status, _)| *status == 502), "{died:?}");
-    until("it answers again", async || stack.get(&tenant, "/").await.is_ok_and(|(status, _)| status == 200)).await?;
-    let status = stack.call(Method::GET, &paths::tenant(tenant.id, "/status"), None).await?;
-    let message = status["data"]["message"].as_str().unwrap_or_default();
-    ensure!(message.contains("code 9") && status["data"]["status"] == "running", "{status}");
+    // Also the first end, and one that the app calls a good one.
+    for (times, path, exit) in [(1, "/leave", "code 0"), (2, "/die", "code 9")] {
+        let died = stack.get(&tenant, path).await;
+        ensure!(died.as_ref().map_or(true, |(status, _)| *status == 502), "{died:?}");
+        let mut status = serde_json::Value::Null;
+        until("its end is told", async || {
+            let answer = stack.call(Method::GET, &paths::tenant(tenant.id, "/status"), None).await;
+            status = answer.unwrap_or_default();
+            let message = status["data"]["message"].as_str().unwrap_or_default();
+            message.contains(&format!("restarted {times} times")) && message.contains(exit)
+        })
+        .await
+        .with_context(|| status.to_string())?;
+        ensure!(status["data"]["status"] == "running", "{status}");
+        until("it answers again", async || stack.get(&tenant, "/").await.is_ok_and(|(status, _)| status == 200))
+            .await?;
+    }
     World::look(&stack).await?.check(&[tenant.id], &[tenant.id])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_serves_is_started_again_while_a_sick_release_is_waited_for() -> anyhow::Result<()> {
+    let stack = Stack::start_with(&Start { arguments: &["--healthy-within", "3600"], ..Start::default() }).await?;
+    let tenant = stack.provision("guarded").await?;
+    TestApp { behaviour: "mortal", text: "serves" }.release(&stack, &tenant).await?;
+    let sick =
+        TestApp { behaviour: "sick", text: "never" }.push(&stack, &tenant).await?.submit(&stack, &tenant).await?;
+    until("the sick release runs beside it", async || {
+        World::look(&stack).await.is_ok_and(|world| world.instances.len() == 2)
+    })
+    .await?;
+    for ended in ["/die", "/leave"] {
+        let _ = stack.get(&tenant, ended).await;
+        until("it answers again", async || {
+            stack.get(&tenant, "/").await.is_ok_and(|(status, body)| status == 200 && body == "serves")
+        })
+        .await?;
+    }
+    let view = stack.call(Method::GET, &format!("/api/v1/operations/{sick}"), None).await?;
+    ensure!(view["data"]["status"] == "running", "{view}");
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

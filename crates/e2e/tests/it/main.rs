@@ -5,6 +5,7 @@ mod browser;
 mod crash;
 mod edge;
 mod faults;
+mod logs;
 mod neighbours;
 mod registry;
 mod spine;

@@ -10,7 +10,7 @@ use crate::{
     tenants::{delete::DeleteTenant, store},
 };
 use std::{collections::HashSet, time::Duration};
-use systemprompt_compute::{FoundApp, InstanceState};
+use systemprompt_compute::{DriverError, FoundApp, FoundInstance, InstanceState};
 use systemprompt_contract::{DatabaseName, Subject, TenantId};
 use systemprompt_registry::Registry;
 use systemprompt_workflow::{Db, NewOperation, enqueue};
@@ -65,15 +65,21 @@ async fn instances(db: &Db, infrastructure: &Infrastructure) -> anyhow::Result<(
     let wanted: HashSet<_> = store::with_instance(db.pool()).await?.into_iter().collect();
     let readable: HashSet<_> = store::recently_ended(db.pool(), KEPT_OUTPUTS).await?.into_iter().collect();
     for instance in found.into_iter().filter(|found| !wanted.contains(&found.deployment)) {
-        if matches!(instance.state, InstanceState::Running { .. } | InstanceState::Starting) {
-            tracing::info!(app = %instance.app, deployment = %instance.deployment, "stopping an instance that nothing asks for");
-            infrastructure.driver.stop(&instance.handle, infrastructure.limits.stop_grace).await?;
-        }
-        if !readable.contains(&instance.deployment) {
-            infrastructure.driver.remove(&instance.handle).await?;
+        // One that cannot be stopped or removed must not keep the others.
+        if let Err(error) = collect(infrastructure, &instance, readable.contains(&instance.deployment)).await {
+            tracing::warn!(app = %instance.app, deployment = %instance.deployment, %error, "an instance that nothing asks for stays; trying again later");
         }
     }
     Ok(())
+}
+
+/// Stops an instance that nothing asks for, and deletes it unless its output can still be read.
+async fn collect(infrastructure: &Infrastructure, instance: &FoundInstance, readable: bool) -> Result<(), DriverError> {
+    if matches!(instance.state, InstanceState::Running { .. } | InstanceState::Starting) {
+        tracing::info!(app = %instance.app, deployment = %instance.deployment, "stopping an instance that nothing asks for");
+        infrastructure.driver.stop(&instance.handle, infrastructure.limits.stop_grace).await?;
+    }
+    if readable { Ok(()) } else { infrastructure.driver.remove(&instance.handle).await }
 }
 
 async fn apps(db: &Db, infrastructure: &Infrastructure) -> anyhow::Result<()> {
@@ -142,7 +148,10 @@ async fn images(db: &Db, registry: &Registry) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::testing::TestDatabase;
+    use crate::{
+        identity::testing::TestDatabase,
+        tenants::testing::{release_image, tenant_row},
+    };
     use axum::body::Body;
     use chrono::{TimeDelta, Utc};
     use http::{Request, StatusCode, header};
@@ -238,14 +247,16 @@ mod tests {
     #[tokio::test]
     async fn images_of_kept_releases_and_of_the_last_day_stay_and_others_go() {
         let (database, disk) = (TestDatabase::start().await, Images::open());
-        let tenant = store::tests::tenant_row(&database).await;
+        let tenant = tenant_row(&database).await;
         let mut released = Vec::new();
         for blocks in 2..14 {
             released.push(disk.push(tenant, blocks).await);
         }
         let (never_deployed, unknown) = (disk.push(tenant, 20).await, TenantId::new());
         disk.push(unknown, 21).await;
-        store::tests::release(&database, tenant, &released).await;
+        for digest in &released {
+            release_image(&database, tenant, digest).await;
+        }
         age(disk.dir.path(), Duration::from_hours(23));
         images(&database.db, &disk.registry).await.unwrap();
         assert_eq!(disk.blobs(), 28, "all are of the last day");

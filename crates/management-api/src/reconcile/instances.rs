@@ -1,6 +1,8 @@
-//! Every live release has an instance, and its route points at it.
+//! Every live release has an instance, and its route points at it, also while a deploy or anything else works on the
+//! tenant: an operation has only its own new instance and, behind its pivot, the one it replaced.
 //!
-//! An instance that ended is started again with a growing pause; the exit's reason is kept for its owner.
+//! An instance that ended is started again, each start a growing pause after the one before; the exit's reason is kept
+//! for its owner.
 
 use crate::{
     app::Infrastructure,
@@ -9,13 +11,15 @@ use crate::{
         store::{self, Deployment, Tenant},
     },
 };
+use chrono::{DateTime, Utc};
+use sqlx::PgTransaction;
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 use systemprompt_compute::{ExitReason, InstanceHandle, InstanceState};
-use systemprompt_contract::DeploymentId;
+use systemprompt_contract::{DeploymentId, TenantId};
 use systemprompt_edge::{Route, Upstream};
 use systemprompt_workflow::Db;
 use tokio::{
-    sync::Mutex,
+    sync::{Mutex, OwnedMutexGuard, Semaphore},
     task::JoinSet,
     time::{Instant, MissedTickBehavior},
 };
@@ -24,62 +28,97 @@ use tokio_util::sync::CancellationToken;
 const PASS: Duration = Duration::from_millis(500);
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
-/// An instance that lived so long has its crashes forgiven.
+/// An instance that lived so long has its starts forgiven.
 const STEADY: Duration = Duration::from_mins(2);
+/// How many instances are started at a time: unpacking an image takes disk and processor from what runs.
+const STARTS_AT_ONCE: usize = 16;
 
-/// How often an instance ended lately, and when it may start again.
-#[derive(Debug, Clone, Copy)]
-struct CrashRecord {
-    crashes: u32,
-    started: Instant,
-    not_before: Instant,
+/// What is remembered about a tenant from one look to the next.
+#[derive(Debug, Default)]
+struct Watch {
+    /// The release that the rest is about.
+    release: Option<DeploymentId>,
+    /// Whether it was seen running: then its end is a crash, however it ended.
+    seen: bool,
+    /// Starts since it last was steady, failed ones included.
+    starts: u32,
+    not_before: Option<Instant>,
 }
 
-/// The pause before start number `crashes + 1`.
-fn pause(crashes: u32) -> Duration {
-    FIRST_PAUSE.saturating_mul(2u32.saturating_pow(crashes.saturating_sub(1))).min(LONGEST_PAUSE)
-}
-
-/// What a pass does about one instance. Pure, so that the policy can be read and tested.
-#[derive(Debug, PartialEq, Eq)]
-enum Decision {
-    Leave,
-    /// It runs there: see that the route says so.
-    Route(SocketAddr),
-    /// It ended, or was never started on this host.
-    Start,
-    /// It ended just now: write down why, then wait.
-    NoteExit(ExitReason),
-}
-
-fn decide(state: &InstanceState, record: Option<&CrashRecord>, now: Instant) -> Decision {
-    match (state, record) {
-        (InstanceState::Running { address, .. }, _) => Decision::Route(*address),
-        (InstanceState::Starting, _) => Decision::Leave,
-        (InstanceState::Exited { .. } | InstanceState::Absent, Some(record)) if record.not_before > record.started => {
-            if now >= record.not_before {
-                Decision::Start
-            } else {
-                Decision::Leave
-            }
+impl Watch {
+    /// Forgets everything when it was about another release.
+    fn on(&mut self, release: DeploymentId) {
+        if self.release != Some(release) {
+            *self = Self { release: Some(release), ..Self::default() };
         }
-        (InstanceState::Exited { reason, .. }, Some(_)) => Decision::NoteExit(reason.clone()),
-        // Not started by this process: the host or the control plane was restarted, which is nobody's crash.
-        // Ended by SIGTERM, well or by its default action, it was stopped with the cloud.
-        (
-            InstanceState::Exited {
-                reason: ExitReason::Unknown | ExitReason::Code(0) | ExitReason::Signal(15), ..
-            }
-            | InstanceState::Absent,
-            _,
-        ) => Decision::Start,
-        (InstanceState::Exited { reason, .. }, None) => Decision::NoteExit(reason.clone()),
+    }
+    fn runs(&mut self, since: DateTime<Utc>) {
+        self.seen = true;
+        if (Utc::now() - since).to_std().is_ok_and(|lived| lived >= STEADY) {
+            (self.starts, self.not_before) = (0, None);
+        }
+    }
+    fn may_start(&self, now: Instant) -> bool {
+        self.not_before.is_none_or(|at| now >= at)
+    }
+    /// A start was tried, with or without success.
+    fn started(&mut self, now: Instant) {
+        self.starts = self.starts.saturating_add(1);
+        self.not_before = Some(now + pause(self.starts));
     }
 }
 
-/// Runs passes until `stop`.
+/// The pause between start number `starts` and the next.
+fn pause(starts: u32) -> Duration {
+    FIRST_PAUSE.saturating_mul(2u32.saturating_pow(starts.saturating_sub(1))).min(LONGEST_PAUSE)
+}
+
+/// Whether an end is to be told to the owner. What ended well, by SIGTERM or with the host before this process
+/// looked after it was stopped with the cloud, which is nobody's crash.
+fn is_crash(reason: &ExitReason, at: DateTime<Utc>, seen: bool, supervised_since: DateTime<Utc>) -> bool {
+    let with_the_cloud = matches!(reason, ExitReason::Unknown | ExitReason::Code(0) | ExitReason::Signal(15));
+    !with_the_cloud || seen || at >= supervised_since
+}
+
+/// Looks after all tenants, one task a tenant, so that none waits for another.
+struct Watches {
+    tenants: HashMap<TenantId, Arc<Mutex<Watch>>>,
+    looks: JoinSet<()>,
+}
+
+impl Watches {
+    fn new() -> Self {
+        Self { tenants: HashMap::new(), looks: JoinSet::new() }
+    }
+
+    /// Starts a look at each tenant that is not being looked at already, and forgets those that are not listed.
+    fn look<T, F>(
+        &mut self,
+        tenants: impl IntoIterator<Item = (TenantId, T)>,
+        look: impl Fn(T, OwnedMutexGuard<Watch>) -> F,
+    ) where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        while self.looks.try_join_next().is_some() {}
+        let mut listed = HashMap::new();
+        for (id, tenant) in tenants {
+            let watch = self.tenants.remove(&id).unwrap_or_default();
+            if let Ok(free) = watch.clone().try_lock_owned() {
+                self.looks.spawn(look(tenant, free));
+            }
+            listed.insert(id, watch);
+        }
+        // One that is being looked at stays: its next look has to wait for this one.
+        listed.extend(self.tenants.drain().filter(|(_, watch)| watch.try_lock().is_err()));
+        self.tenants = listed;
+    }
+}
+
+/// Looks after every live release until `stop`.
 pub(crate) async fn run(db: Db, infrastructure: Infrastructure, stop: CancellationToken) {
-    let records = Arc::new(Mutex::new(HashMap::new()));
+    let since = Utc::now();
+    let supervisor = Arc::new(Supervisor { db, infrastructure, since, starts: Semaphore::new(STARTS_AT_ONCE) });
+    let mut watches = Watches::new();
     let mut ticks = tokio::time::interval(PASS);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -87,75 +126,92 @@ pub(crate) async fn run(db: Db, infrastructure: Infrastructure, stop: Cancellati
             _ = ticks.tick() => {}
             () = stop.cancelled() => return,
         }
-        let tenants = match store::serving(db.pool()).await {
-            Ok(tenants) => tenants,
-            Err(error) => {
-                tracing::warn!(%error, "reading the tenants to be served");
-                continue;
-            }
-        };
-        let mut passes = JoinSet::new();
-        for tenant in tenants {
-            let (db, infrastructure, records) = (db.clone(), infrastructure.clone(), records.clone());
-            passes.spawn(async move {
-                if let Err(error) = reconcile(&db, &infrastructure, &records, &tenant).await {
-                    tracing::warn!(tenant.slug = %tenant.slug(), %error, "an instance could not be brought up; trying again");
+        match store::serving(supervisor.db.pool()).await {
+            Ok(tenants) => watches.look(tenants.into_iter().map(|tenant| (tenant.id, tenant)), |tenant, mut watch| {
+                let supervisor = supervisor.clone();
+                async move {
+                    if let Err(error) = supervisor.look(&tenant, &mut watch).await {
+                        let error = format!("{error:#}");
+                        tracing::warn!(tenant.slug = %tenant.slug(), error, "an instance could not be brought up; trying again");
+                    }
                 }
-            });
-        }
-        tokio::select! {
-            () = async { while passes.join_next().await.is_some() {} } => {}
-            () = stop.cancelled() => return,
+            }),
+            Err(error) => tracing::warn!(%error, "reading the tenants to be served"),
         }
     }
 }
 
-type Records = Mutex<HashMap<DeploymentId, CrashRecord>>;
-
-async fn reconcile(db: &Db, infrastructure: &Infrastructure, records: &Records, tenant: &Tenant) -> anyhow::Result<()> {
-    let Some(live) = store::live_deployment(db.pool(), tenant.id).await? else { return Ok(()) };
-    let state = match &live.instance {
-        Some(handle) => infrastructure.driver.inspect(&InstanceHandle::new(handle.clone())).await?,
-        None => InstanceState::Absent,
-    };
-    let now = Instant::now();
-    let record = records.lock().await.get(&live.id).copied();
-    match decide(&state, record.as_ref(), now) {
-        Decision::Leave => {}
-        Decision::Route(address) => point_route(db, infrastructure, tenant, &live, address).await?,
-        Decision::Start => start(db, infrastructure, records, tenant, &live).await?,
-        Decision::NoteExit(reason) => {
-            let restarts = store::note_exit(db.pool(), live.id, &reason.to_string()).await?;
-            let lived = record.map_or(Duration::ZERO, |record| now.duration_since(record.started));
-            let crashes = if lived >= STEADY { 1 } else { record.map_or(1, |record| record.crashes + 1) };
-            let wait = pause(crashes);
-            tracing::warn!(tenant.slug = %tenant.slug(), %reason, restarts, wait_ms = wait.as_millis(), "an instance ended and will be started again");
-            let started = record.map_or(now, |record| record.started);
-            let not_before = now + wait.max(Duration::from_millis(1));
-            records.lock().await.insert(live.id, CrashRecord { crashes, started, not_before });
-        }
-    }
-    Ok(())
+struct Supervisor {
+    db: Db,
+    infrastructure: Infrastructure,
+    since: DateTime<Utc>,
+    starts: Semaphore,
 }
 
-async fn start(
+impl Supervisor {
+    async fn look(&self, tenant: &Tenant, watch: &mut Watch) -> anyhow::Result<()> {
+        let Some(live) = store::live_deployment(self.db.pool(), tenant.id).await? else { return Ok(()) };
+        watch.on(live.id);
+        let state = match &live.instance {
+            Some(handle) => self.infrastructure.driver.inspect(&InstanceHandle::new(handle.clone())).await?,
+            None => InstanceState::Absent,
+        };
+        match state {
+            InstanceState::Starting => return Ok(()),
+            InstanceState::Running { address, since } => {
+                watch.runs(since);
+                return point_route(&self.db, &self.infrastructure, tenant, &live, address).await;
+            }
+            InstanceState::Exited { reason, at } if is_crash(&reason, at, watch.seen, self.since) => {
+                if let Some(restarts) = store::note_exit(self.db.pool(), live.id, &reason.to_string(), at).await? {
+                    tracing::warn!(tenant.slug = %tenant.slug(), %reason, restarts, starts = watch.starts, "an instance ended and will be started again");
+                }
+            }
+            InstanceState::Exited { .. } | InstanceState::Absent => {}
+        }
+        if !watch.may_start(Instant::now()) {
+            return Ok(());
+        }
+        let _turn = self.starts.acquire().await?;
+        let launch = async {
+            let launched = deploy::launch_release(&self.infrastructure, self.db.pool(), tenant, &live).await;
+            watch.started(Instant::now());
+            Ok(launched?)
+        };
+        if let Some(late) = launch_while_live(&self.db, tenant.id, live.id, launch).await? {
+            self.infrastructure.driver.stop(&late, self.infrastructure.limits.stop_grace).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Launches a release only while it is live, and gives the instance back to be stopped when it is that no longer
+/// afterwards: whoever replaced or deleted it may have stopped what ran before the launch.
+async fn launch_while_live(
     db: &Db,
-    infrastructure: &Infrastructure,
-    records: &Records,
-    tenant: &Tenant,
-    live: &Deployment,
-) -> anyhow::Result<()> {
-    let handle = deploy::launch_release(infrastructure, db.pool(), tenant, live).await?;
-    let now = Instant::now();
-    let crashes = records.lock().await.get(&live.id).map_or(0, |record| record.crashes);
-    records.lock().await.insert(live.id, CrashRecord { crashes, started: now, not_before: now });
+    tenant: TenantId,
+    release: DeploymentId,
+    launch: impl Future<Output = anyhow::Result<InstanceHandle>>,
+) -> anyhow::Result<Option<InstanceHandle>> {
+    if !serves(&mut db.begin().await?, tenant, release).await? {
+        return Ok(None);
+    }
+    let handle = launch.await?;
     let mut tx = db.begin().await?;
-    store::set_instance(&mut tx, live.id, Some(handle.as_str())).await?;
+    if !serves(&mut tx, tenant, release).await? {
+        return Ok(Some(handle));
+    }
+    store::set_instance(&mut tx, release, Some(handle.as_str())).await?;
     tx.commit().await?;
-    Ok(())
+    Ok(None)
 }
 
-/// Publishes a route only when it says something else, and only while nobody else works on the tenant.
+/// Whether `release` is what the tenant serves; it stays that until the transaction ends.
+async fn serves(tx: &mut PgTransaction<'_>, tenant: TenantId, release: DeploymentId) -> Result<bool, sqlx::Error> {
+    Ok(store::lock(tx, tenant).await?.is_some_and(|tenant| tenant.serves(release)))
+}
+
+/// Publishes a route only when it says something else, and only while the release is live.
 async fn point_route(
     db: &Db,
     infrastructure: &Infrastructure,
@@ -174,9 +230,7 @@ async fn point_route(
         return Ok(());
     }
     let mut tx = db.begin().await?;
-    let current = store::lock(&mut tx, tenant.id).await?;
-    let unchanged = current.is_some_and(|now| now.active_operation.is_none() && now.live_deployment == Some(live.id));
-    if unchanged {
+    if serves(&mut tx, tenant.id, live.id).await? {
         routes::publish(&mut tx, tenant.id, &host, Some(&wanted)).await?;
         tx.commit().await?;
     }
@@ -186,37 +240,95 @@ async fn point_route(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use chrono::Utc;
-
-    fn exited(reason: ExitReason) -> InstanceState {
-        InstanceState::Exited { reason, at: Utc::now() }
-    }
+    use crate::{
+        identity::testing::TestDatabase,
+        tenants::testing::{release, tenant_row},
+    };
+    use tokio::sync::mpsc;
 
     #[test]
     fn pauses_double_up_to_a_minute() {
-        let pauses: Vec<u128> = [1, 2, 3, 8, 9, 100].into_iter().map(|crashes| pause(crashes).as_millis()).collect();
+        let pauses: Vec<u128> = [1, 2, 3, 8, 9, 100].into_iter().map(|starts| pause(starts).as_millis()).collect();
         assert_eq!(pauses, [500, 1000, 2000, 60_000, 60_000, 60_000]);
     }
 
     #[test]
-    fn a_crash_is_noted_once_and_then_waited_for() {
-        let now = Instant::now();
-        let started = CrashRecord { crashes: 0, started: now, not_before: now };
-        let crash = exited(ExitReason::Code(7));
-        assert_eq!(decide(&crash, Some(&started), now), Decision::NoteExit(ExitReason::Code(7)));
-        let noted = CrashRecord { crashes: 1, started: now, not_before: now + FIRST_PAUSE };
-        assert_eq!(decide(&crash, Some(&noted), now), Decision::Leave);
-        assert_eq!(decide(&crash, Some(&noted), now + FIRST_PAUSE), Decision::Start);
+    fn starts_are_a_growing_pause_apart_until_one_is_steady() {
+        let (mut watch, now, release) = (Watch::default(), Instant::now(), DeploymentId::new());
+        watch.on(release);
+        assert!(watch.may_start(now));
+        // Whether they succeed is not asked.
+        watch.started(now);
+        watch.started(now);
+        watch.on(release);
+        assert!(!watch.may_start(now + FIRST_PAUSE) && watch.may_start(now + FIRST_PAUSE * 2));
+        watch.runs(Utc::now());
+        assert!(!watch.may_start(now), "not steady yet");
+        watch.runs(Utc::now() - STEADY);
+        assert!(watch.may_start(now));
+        watch.started(now);
+        watch.on(DeploymentId::new());
+        assert!(watch.may_start(now) && !watch.seen, "another release starts anew");
     }
 
     #[test]
-    fn a_restart_of_the_host_is_no_crash() {
-        let now = Instant::now();
-        assert_eq!(decide(&exited(ExitReason::Unknown), None, now), Decision::Start);
-        assert_eq!(decide(&exited(ExitReason::Code(0)), None, now), Decision::Start);
-        assert_eq!(decide(&exited(ExitReason::Signal(15)), None, now), Decision::Start);
-        assert_eq!(decide(&InstanceState::Absent, None, now), Decision::Start);
-        assert_eq!(decide(&InstanceState::Starting, None, now), Decision::Leave);
-        assert_eq!(decide(&exited(ExitReason::OutOfMemory), None, now), Decision::NoteExit(ExitReason::OutOfMemory));
+    fn a_restart_of_the_host_or_the_cloud_is_no_crash() {
+        let since = Utc::now();
+        let (before, after) = (since - Duration::from_secs(1), since + Duration::from_secs(1));
+        for quiet in [ExitReason::Unknown, ExitReason::Code(0), ExitReason::Signal(15)] {
+            assert!(!is_crash(&quiet, before, false, since), "{quiet:?}");
+            assert!(is_crash(&quiet, after, false, since), "{quiet:?}: nobody but itself ended it");
+            assert!(is_crash(&quiet, before, true, since), "{quiet:?}: it was seen running");
+        }
+        assert!(is_crash(&ExitReason::OutOfMemory, before, false, since));
+    }
+
+    #[tokio::test]
+    async fn a_tenant_that_takes_long_holds_up_nobody_and_is_not_looked_at_twice() {
+        let (slow, quick) = (TenantId::new(), TenantId::new());
+        let (sender, mut looked) = mpsc::unbounded_channel();
+        let mut watches = Watches::new();
+        let look = |tenant, watch: OwnedMutexGuard<Watch>| {
+            let sender = sender.clone();
+            async move {
+                let _watch = watch;
+                sender.send(tenant).unwrap();
+                if tenant == slow {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        watches.look([(slow, slow)], look);
+        assert_eq!(looked.recv().await, Some(slow));
+        for _ in 0..3 {
+            watches.look([(quick, quick)], look);
+            assert_eq!(looked.recv().await, Some(quick));
+            let _ended = watches.tenants[&quick].lock().await;
+        }
+        watches.look([(slow, slow), (quick, quick)], look);
+        assert_eq!(looked.recv().await, Some(quick));
+        watches.looks.abort_all();
+        while watches.looks.join_next().await.is_some() {}
+        assert!(looked.try_recv().is_err(), "the slow one was looked at once");
+        watches.look([], look);
+        assert!(watches.tenants.is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_is_replaced_meanwhile_is_not_started_or_is_stopped_again() {
+        let database = TestDatabase::start().await;
+        let db = &database.db;
+        let tenant = tenant_row(&database).await;
+        let [old, new] = [release(&database, tenant).await.id, release(&database, tenant).await.id];
+        let handle = || InstanceHandle::new("i");
+        let stale = launch_while_live(db, tenant, old, async { Err(anyhow::anyhow!("it was launched")) }).await;
+        assert_eq!(stale.unwrap(), None);
+        assert_eq!(launch_while_live(db, tenant, new, async { Ok(handle()) }).await.unwrap(), None);
+        assert_eq!(store::deployment(db.pool(), new).await.unwrap().unwrap().instance.as_deref(), Some("i"));
+        let replaced = async {
+            release(&database, tenant).await;
+            Ok(handle())
+        };
+        assert_eq!(launch_while_live(db, tenant, new, replaced).await.unwrap(), Some(handle()));
     }
 }

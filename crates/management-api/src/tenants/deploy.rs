@@ -331,7 +331,7 @@ fn again(error: DriverError) -> StepError {
 fn crashed(reason: &str) -> StepError {
     StepError::Permanent(
         ApiError::new(ErrorCode::AppCrashed, format!("the app ended before it was healthy: {reason}."))
-            .hint("Its last lines are shown here; all of them: systemprompt cloud logs"),
+            .hint("Its last lines are shown here; as long as no release is live, all of them: systemprompt cloud logs"),
     )
 }
 

@@ -11,6 +11,8 @@ pub(crate) mod routes;
 pub(crate) mod secrets;
 pub(crate) mod state;
 pub(crate) mod store;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub(crate) use handlers::{endpoints, me_tenants};
 

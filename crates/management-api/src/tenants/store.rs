@@ -75,6 +75,10 @@ impl Tenant {
     pub(crate) fn slug(&self) -> TenantSlug {
         self.id.slug()
     }
+    /// Whether `release` is live and to be served.
+    pub(crate) fn serves(&self, release: DeploymentId) -> bool {
+        matches!(self.phase, TenantPhase::Running | TenantPhase::Deploying) && self.live_deployment == Some(release)
+    }
     pub(crate) fn status(&self) -> TenantStatus {
         state::status(self.phase, self.failure.as_deref(), self.purge_after)
     }
@@ -150,9 +154,10 @@ pub(crate) async fn all(pool: &PgPool) -> Result<Vec<Tenant>, sqlx::Error> {
     Ok(rows.into_iter().map(Tenant::from).collect())
 }
 
-/// Tenants with a release that should be served and nothing else going on.
+/// Tenants with a release that should be served, whatever else is going on; as [`Tenant::serves`].
 pub(crate) async fn serving(pool: &PgPool) -> Result<Vec<Tenant>, sqlx::Error> {
-    let rows = select_tenants!("phase = 'running' AND active_operation IS NULL").fetch_all(pool).await?;
+    let rows =
+        select_tenants!("phase IN ('running', 'deploying') AND live_deployment IS NOT NULL").fetch_all(pool).await?;
     Ok(rows.into_iter().map(Tenant::from).collect())
 }
 
@@ -318,9 +323,48 @@ pub(crate) async fn live_deployment(pool: &PgPool, tenant: TenantId) -> Result<O
         .transpose()
 }
 
-/// The deployment whose instance's output is of interest: the newest that got one, also when it failed.
-pub(crate) async fn newest_deployment(pool: &PgPool, tenant: TenantId) -> Result<Option<Deployment>, sqlx::Error> {
-    select_deployments!("tenant_id = $1 AND instance IS NOT NULL ORDER BY created_at DESC LIMIT 1", tenant.uuid())
+/// The deployment whose output is shown: the live one or, while its operation works on the tenant, the one that is
+/// to take its place. A tenant with neither shows the newest that got an instance.
+pub(crate) async fn shown_deployment(pool: &PgPool, tenant: TenantId) -> Result<Option<Deployment>, sqlx::Error> {
+    select_deployments!(
+        "tenant_id = $1 AND instance IS NOT NULL
+         ORDER BY state = 'live' OR operation_id IS NOT DISTINCT FROM (SELECT active_operation FROM tenants WHERE id = $1) DESC,
+                  created_at DESC LIMIT 1",
+        tenant.uuid()
+    )
+    .fetch_optional(pool)
+    .await?
+    .map(Deployment::try_from)
+    .transpose()
+}
+
+/// The deployment whose output goes on where that of `before` ended: the next that became live or, as long as none
+/// is, the next at all.
+pub(crate) async fn next_deployment(
+    pool: &PgPool,
+    tenant: TenantId,
+    before: DeploymentId,
+) -> Result<Option<Deployment>, sqlx::Error> {
+    select_deployments!(
+        "tenant_id = $1 AND instance IS NOT NULL AND created_at > (SELECT created_at FROM deployments WHERE id = $2)
+           AND (live_at IS NOT NULL OR NOT EXISTS (SELECT 1 FROM deployments WHERE tenant_id = $1 AND state = 'live'))
+         ORDER BY created_at LIMIT 1",
+        tenant.uuid(),
+        before.uuid()
+    )
+    .fetch_optional(pool)
+    .await?
+    .map(Deployment::try_from)
+    .transpose()
+}
+
+/// A deployment of this tenant; nothing for that of another.
+pub(crate) async fn deployment_of(
+    pool: &PgPool,
+    tenant: TenantId,
+    id: DeploymentId,
+) -> Result<Option<Deployment>, sqlx::Error> {
+    select_deployments!("tenant_id = $1 AND id = $2", tenant.uuid(), id.uuid())
         .fetch_optional(pool)
         .await?
         .map(Deployment::try_from)
@@ -473,96 +517,25 @@ pub(crate) async fn retire_all(tx: &mut PgTransaction<'_>, tenant: TenantId) -> 
     Ok(())
 }
 
-/// Counts a crash of the live instance.
-pub(crate) async fn note_exit(pool: &PgPool, id: DeploymentId, exit: &str) -> Result<i32, sqlx::Error> {
+/// Counts an end of the live instance, once for each `at`, and returns how many there were; nothing when it was
+/// counted before.
+pub(crate) async fn note_exit(
+    pool: &PgPool,
+    id: DeploymentId,
+    exit: &str,
+    at: DateTime<Utc>,
+) -> Result<Option<i32>, sqlx::Error> {
     sqlx::query_scalar!(
-        "UPDATE deployments SET restarts = restarts + 1, last_exit = $2 WHERE id = $1 RETURNING restarts",
+        "UPDATE deployments SET restarts = restarts + 1, last_exit = $2, last_exit_at = $3
+         WHERE id = $1 AND (last_exit_at IS NULL OR last_exit_at < $3) RETURNING restarts",
         id.uuid(),
-        exit
+        exit,
+        at,
     )
-    .fetch_one(pool)
+    .fetch_optional(pool)
     .await
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-    use crate::identity::{Role, testing::TestDatabase};
-    use systemprompt_contract::CheckoutId;
-
-    pub(crate) async fn tenant_row(database: &TestDatabase) -> TenantId {
-        let account = database.account("ada@example.com", Role::Member).await.id;
-        let (id, checkout) = (TenantId::new(), CheckoutId::new());
-        sqlx::query(
-            "INSERT INTO checkouts (id, account_id, price_id, plan_name, memory_mb, volume_gb, region, tenant_name)
-             VALUES ($1, $2, 'p', 'Plan', 1, 1, 'iad', 't')",
-        )
-        .bind(checkout.uuid())
-        .bind(account.uuid())
-        .execute(database.db.pool())
-        .await
-        .unwrap();
-        let name = "t".parse().unwrap();
-        let operation = OperationId::new();
-        let new = NewTenant { id, account, checkout, name: &name, region: Region::Iad, memory_mb: 1, operation };
-        let mut tx = database.db.begin().await.unwrap();
-        insert(&mut tx, &new).await.unwrap();
-        insert(&mut tx, &new).await.unwrap();
-        advance(&mut tx, id, TenantEvent::Ready, Moved::default()).await.unwrap();
-        tx.commit().await.unwrap();
-        id
-    }
-
-    /// Deploys images one after the other.
-    pub(crate) async fn release(database: &TestDatabase, tenant: TenantId, digests: &[Digest]) {
-        for digest in digests {
-            let (id, operation) = (DeploymentId::new(), OperationId::new());
-            let key = id.to_string();
-            let new = NewDeployment { id, tenant, image: "i", digest, operation, key: &key };
-            let mut tx = database.db.begin().await.unwrap();
-            insert_deployment(&mut tx, &new).await.unwrap();
-            let moved = Moved { operation: Some(operation), ..Moved::default() };
-            advance(&mut tx, tenant, TenantEvent::DeployAsked, moved).await.unwrap();
-            tx.commit().await.unwrap();
-            let mut tx = database.db.begin().await.unwrap();
-            make_live(&mut tx, tenant, id).await.unwrap();
-            advance(&mut tx, tenant, TenantEvent::DeploySucceeded, Moved::default()).await.unwrap();
-            tx.commit().await.unwrap();
-        }
-    }
-
-    #[tokio::test]
-    async fn the_ten_newest_releases_keep_their_images() {
-        let database = TestDatabase::start().await;
-        let tenant = tenant_row(&database).await;
-        let digests: Vec<_> = (0..13).map(|number| Digest::of(&[number])).collect();
-        release(&database, tenant, &digests).await;
-        let mut kept: Vec<Digest> =
-            kept_images(database.db.pool(), 10).await.unwrap().into_iter().map(|(_, digest)| digest).collect();
-        let mut newest = digests[3..].to_vec();
-        kept.sort();
-        newest.sort();
-        assert_eq!(kept, newest);
-        let live = live_deployment(database.db.pool(), tenant).await.unwrap().unwrap();
-        assert_eq!(live.digest, digests[12]);
-        assert_eq!(recently_ended(database.db.pool(), 2).await.unwrap().len(), 2);
-        assert_eq!(with_instance(database.db.pool()).await.unwrap(), [live.id]);
-        // While an operation works on the tenant, what it replaces is its own business and no garbage.
-        let moved = Moved { operation: Some(OperationId::new()), ..Moved::default() };
-        let mut tx = database.db.begin().await.unwrap();
-        advance(&mut tx, tenant, TenantEvent::DeployAsked, moved).await.unwrap();
-        tx.commit().await.unwrap();
-        assert_eq!(with_instance(database.db.pool()).await.unwrap().len(), digests.len());
-    }
-
-    #[tokio::test]
-    async fn a_phase_moves_only_as_the_machine_allows() {
-        let database = TestDatabase::start().await;
-        let tenant = tenant_row(&database).await;
-        let mut tx = database.db.begin().await.unwrap();
-        let refused = advance(&mut tx, tenant, TenantEvent::DeploySucceeded, Moved::default()).await;
-        assert!(matches!(refused, Err(MoveError::Illegal(_))), "{refused:?}");
-        let gone = advance(&mut tx, TenantId::new(), TenantEvent::Ready, Moved::default()).await;
-        assert!(matches!(gone, Err(MoveError::Gone)), "{gone:?}");
-    }
-}
+#[path = "store_tests.rs"]
+mod tests;

@@ -37,7 +37,9 @@ pub(crate) fn ensure(
     mount_points: &[(PathBuf, MountPoint)],
     caps: Caps,
 ) -> Result<PathBuf, DriverError> {
-    let _lock = FileLock::exclusive(&layout.images_lock())?;
+    // Nobody collects meanwhile, and other images are unpacked beside this one.
+    let _images = FileLock::shared(&layout.images_lock())?;
+    let _image = FileLock::exclusive(&layout.image_lock(&image.digest))?;
     let directory = layout.image(&image.digest);
     if !is_whole(&directory)? {
         layout.discard(&directory)?;
@@ -78,6 +80,9 @@ pub(crate) fn collect(layout: &Layout, used: impl FnOnce() -> io::Result<HashSet
         let digest = entry.file_name().to_str().and_then(|name| Digest::from_hex(name).ok());
         if digest.is_none_or(|digest| !used.contains(&digest)) {
             layout.discard(&entry.path())?;
+            if let Some(digest) = digest {
+                FileLock::exclusive(&layout.image_lock(&digest))?.remove()?;
+            }
         }
     }
     Ok(())

@@ -9,7 +9,7 @@
 //! apps/{app}/storage/     the volume, owned by the app's uid
 //! apps/{app}/instances/{deployment}/{instance.json, status, output, resolv.conf}
 //! images/{hex}/{root/, image.json}
-//! locks/                  flock files: installation, images, {app}, {app}.{deployment}
+//! locks/                  flock files: installation, images, image.{hex}, {app}, {app}.{deployment}
 //! trash/                  what is being deleted
 //! ```
 
@@ -114,6 +114,9 @@ impl Layout {
     }
     pub(crate) fn images_lock(&self) -> PathBuf {
         self.locks().join("images")
+    }
+    pub(crate) fn image_lock(&self, digest: &Digest) -> PathBuf {
+        self.locks().join(format!("image.{}", digest.hex()))
     }
     pub(crate) fn app_lock(&self, app: &AppName) -> PathBuf {
         self.locks().join(app.as_str())

@@ -132,19 +132,22 @@ impl Reader {
 
     /// Reads on; skips a hole together with the line whose beginning went with it.
     fn fill(&mut self) -> io::Result<usize> {
-        if self.pending.is_empty() {
-            let start = first_data(&self.file, self.at)?;
-            if start > self.at {
-                self.at = line_after(&self.file, start)?;
-            }
-        }
         let mut buffer = vec![0; CHUNK];
-        let count = self.file.read_at(&mut buffer, self.at + self.pending.len() as u64)?;
-        self.pending.extend(&buffer[..count]);
-        if count > 0 {
-            self.last_growth = Instant::now();
+        loop {
+            let next = self.at + self.pending.len() as u64;
+            let count = self.file.read_at(&mut buffer, next)?;
+            // Asked after reading: holes grow from the front, so with data at its beginning all of it was data.
+            let data = first_data(&self.file, next)?;
+            if data == next {
+                self.pending.extend(&buffer[..count]);
+                if count > 0 {
+                    self.last_growth = Instant::now();
+                }
+                return Ok(count);
+            }
+            self.pending.clear();
+            self.at = line_after(&self.file, data)?;
         }
-        Ok(count)
     }
 
     fn line(&mut self) -> Option<LogEntry> {
@@ -321,6 +324,18 @@ mod tests {
         assert_eq!(read(&path, LogStart::Tail(before.len())).await, after, "more lines than there are");
         let late = before[before.len() - 3].cursor;
         assert_eq!(texts(&read(&path, LogStart::After(late)).await), ["line 00199998", "line 00199999"]);
+    }
+
+    #[test]
+    fn a_line_whose_end_was_trimmed_away_is_left_out_whole() {
+        let (_directory, path) = file(b"begun, ");
+        let mut reader = Reader::new(File::open(&path).expect("open"), LogStart::Beginning).expect("reader");
+        assert!(reader.lines().expect("lines").is_empty());
+        let mut file = OpenOptions::new().append(true).open(&path).expect("open");
+        file.write_all(&b"0123456789abcdef\n".repeat(20_000)).expect("append");
+        trim(&path, 64 << 10).expect("trim");
+        let lines = reader.lines().expect("lines");
+        assert!(lines.len() > 1000 && lines.iter().all(|line| line.text == "0123456789abcdef"), "{:?}", lines.first());
     }
 
     #[tokio::test]

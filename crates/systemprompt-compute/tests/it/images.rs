@@ -191,3 +191,20 @@ async fn layers_lie_on_each_other_and_images_go_with_their_last_instance() {
     driver.destroy_app(&handle).await.expect("the app's end");
     host.check_nothing_left();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_takes_long_to_unpack_holds_up_no_other() {
+    let host = Host::new();
+    let driver = host.driver();
+    let app = host.fixture().app();
+    let handle = driver.ensure_app(&app).await.expect("an app");
+    // As whoever unpacks another one holds it.
+    let unpacking = fs::File::create(host.data().join("locks/images")).expect("lock");
+    rustix::fs::flock(&unpacking, rustix::fs::FlockOperation::LockShared).expect("lock");
+    let spec = host.fixture().instance(&app, "serve");
+    let launch = tokio::time::timeout(std::time::Duration::from_secs(30), driver.launch(&handle, &spec)).await;
+    drop(unpacking);
+    launch.expect("no wait").expect("a launch");
+    driver.destroy_app(&handle).await.expect("the app's end");
+    host.check_nothing_left();
+}
