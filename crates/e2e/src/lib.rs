@@ -12,4 +12,4 @@ pub use browser::Browser;
 pub use load::{LoadReport, open_loop};
 pub use person::{CliOutput, TenantRef};
 pub use stack::{PATIENCE, Stack, Start, program, until};
-pub use world::{World, connect};
+pub use world::{World, app_processes, connect};

@@ -258,6 +258,29 @@ impl Stack {
         terminate(child).with_context(|| self.log_tail())
     }
 
+    /// SIGTERM to the separate edge, without waiting for its drain.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn tell_edge_to_stop(&self) -> anyhow::Result<()> {
+        let pid = rustix::process::Pid::from_child(self.edge.as_ref().context("no separate edge runs")?);
+        Ok(rustix::process::kill_process(pid, rustix::process::Signal::TERM)?)
+    }
+
+    /// SIGTERM to the separate edge, and waits for its drain.
+    ///
+    /// # Errors
+    /// When it does not end, or not well.
+    pub fn terminate_edge(&mut self) -> anyhow::Result<()> {
+        let Some(child) = self.edge.take() else { return Ok(()) };
+        terminate(child).with_context(|| self.log_tail())
+    }
+
+    /// Whether the server of a cluster (`control`, `tenants`) runs, by its own file.
+    pub fn cluster_runs(&self, name: &str) -> bool {
+        self.data().join("postgres").join(name).join("postmaster.pid").exists()
+    }
+
     async fn set_up(&mut self) -> anyhow::Result<()> {
         let setup_token = fs::read_to_string(self.data().join("setup-token"))?;
         let body = serde_json::json!({

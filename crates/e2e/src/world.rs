@@ -110,7 +110,10 @@ async fn names(connection: &mut PgConnection, query: &'static str) -> anyhow::Re
 
 /// The tenant of every app process of this installation, told by its environment and not by any book of ours.
 /// Tests run beside each other; the port in `APP_URL` tells whose an app is.
-fn app_processes(https_port: u16) -> anyhow::Result<Vec<String>> {
+///
+/// # Errors
+/// When processes cannot be listed.
+pub fn app_processes(https_port: u16) -> anyhow::Result<Vec<String>> {
     let mut tenants = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let process = entry?.path();

@@ -2,21 +2,26 @@
 
 use crate::{
     app::Site,
-    config::{AccountArguments, Arguments, Command, DataArguments, EdgeArguments, Layout},
-    edge_role::{EdgePlan, Snapshot},
+    certs::CertificateFile,
+    config::{AccountArguments, Arguments, Command, DataArguments, EdgeArguments},
+    edge_role::{EdgeDirectory, EdgePlan},
     http,
     identity::{self, NewAccount, Role},
     installation::{
-        Clusters, existing_data, lock_data, open_control_database, open_data, open_driver, open_registry,
-        platform_socket, remove_cluster_socket, remove_socket_directory, start_cluster,
+        Clusters, existing_data, lock_data, open_control_database, open_data, open_stopping_driver, start_cluster,
+        take_down,
     },
     seal::Sealer,
     serve,
 };
 use anyhow::Context as _;
 use std::{io::IsTerminal as _, path::Path, process::ExitCode, sync::Arc, time::Duration};
-use systemprompt_postgres::{Access, StopMode};
+use systemprompt_postgres::Access;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+
+/// How long an edge alone waits for the database before it serves what its snapshot has.
+const FIRST_LOAD: Duration = Duration::from_secs(2);
 
 /// Runs one command to its end.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
@@ -58,59 +63,60 @@ fn start_logging() {
 
 /// An edge without anything else: serves from the snapshot, follows the database while it is there.
 async fn edge_alone(arguments: EdgeArguments) -> anyhow::Result<()> {
+    let asked = asked_to_stop()?;
     let layout = open_data(&arguments.data.data)?;
     let seal = Arc::new(Sealer::load(&layout.seal_key())?);
-    let snapshot = Snapshot::load(&layout.edge_snapshot(), &seal)?.with_context(|| {
+    let directory = EdgeDirectory::claim(&layout, seal.clone())?;
+    let certificate_file = CertificateFile::new(layout.edge_certificates(), seal);
+    let missing = |path: &Path| {
         format!(
             "there is no {} yet; run `management-api serve --data {}` first",
-            layout.edge_snapshot().display(),
+            path.display(),
             layout.root().display()
         )
-    })?;
+    };
+    let snapshot = directory.load()?.with_context(|| missing(&directory.snapshot_file()))?;
     let plan = EdgePlan {
         table: snapshot.table(),
-        certificates: snapshot.certificates().to_vec(),
-        snapshot_file: layout.edge_snapshot(),
+        certificates: certificate_file.read()?.with_context(|| missing(certificate_file.path()))?,
+        certificate_file,
+        directory,
         platform: snapshot.platform,
-        seal,
     };
     let (edge, follower) = plan.bind(&arguments).await?;
-    let stop = CancellationToken::new();
+    let https = edge.https_addr();
+    // The follower goes on until the edge has drained: it must not sign off while requests are open.
+    let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
+    let registered = follower.registered();
     let following = tokio::spawn(follower.run(snapshot.database_url, stop.clone()));
-    let site = arguments.site(edge.https_addr().port());
-    announce(&site, Some(edge.https_addr()), &layout.ca().join("ca.pem"), None);
-    let serving = tokio::spawn(edge.serve(stop.clone()));
-    wait_for_signal().await?;
+    // What changed since the snapshot, if the database is there to tell; connections wait in the accept queue.
+    tokio::select! {
+        _ = timeout(FIRST_LOAD, registered.cancelled()) => {}
+        () = asked.cancelled() => {}
+    }
+    let mut serving = tokio::spawn(edge.serve(draining.clone()));
+    announce(&arguments.site(https.port()), Some(https), &layout.ca().join("ca.pem"), None);
+    let outcome = tokio::select! {
+        ended = &mut serving => Err(serve::edge_ended(ended)),
+        () = asked.cancelled() => Ok(()),
+    };
+    draining.cancel();
+    if outcome.is_ok() {
+        let report = serving.await.context("the edge")?;
+        tracing::info!(?report, "the edge has drained");
+    }
     stop.cancel();
-    let report = serving.await.context("the edge")?;
-    tracing::info!(?report, "the edge has drained");
-    following.await.context("the edge's follower")
+    following.await.context("the edge's follower")?;
+    outcome
 }
 
-/// Stops instances and clusters of a control plane that is not running. Starts and makes nothing; what cannot be stopped
-/// does not keep the rest from being.
+/// Stops instances and clusters of a control plane that is not running. Starts and makes nothing.
 async fn stop_leftovers(arguments: &DataArguments) -> anyhow::Result<()> {
     let layout = existing_data(&arguments.data)?;
     let _lock = lock_data(&layout)?;
     let clusters = Clusters::existing(&layout).await?;
-    let instances = stop_instances(&layout).await;
-    let mut stopped = Vec::new();
-    for cluster in &clusters {
-        stopped.push(cluster.stop(StopMode::Fast).await.context("stopping a database cluster"));
-    }
-    instances?;
-    stopped.into_iter().collect::<anyhow::Result<()>>()?;
-    clusters.iter().for_each(remove_cluster_socket);
-    remove_socket_directory(&platform_socket(&layout));
-    Ok(())
-}
-
-async fn stop_instances(layout: &Layout) -> anyhow::Result<()> {
     let seal = Sealer::load(&layout.seal_key())?;
-    let registry = open_registry(layout, &seal)?;
-    // Nothing is launched, so nothing is bound into a sandbox.
-    let driver = open_driver(layout, &registry, layout.root(), true)?;
-    Ok(driver.shutdown(Duration::from_secs(10)).await?)
+    take_down(&layout, open_stopping_driver(&layout, &seal), &clusters, Duration::from_secs(10)).await
 }
 
 /// Beside a running `serve` as well as without one.
@@ -151,13 +157,19 @@ pub(crate) fn announce(site: &Site, https: Option<std::net::SocketAddr>, ca: &Pa
     println!("{ready}");
 }
 
-pub(crate) async fn wait_for_signal() -> anyhow::Result<()> {
+/// Cancelled by the first SIGTERM or SIGINT from now on.
+pub(crate) fn asked_to_stop() -> anyhow::Result<CancellationToken> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
+    let asked = CancellationToken::new();
+    let guard = asked.clone().drop_guard();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        drop(guard);
+    });
+    Ok(asked)
 }

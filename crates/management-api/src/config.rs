@@ -179,8 +179,13 @@ impl Layout {
     pub(crate) fn setup_token(&self) -> PathBuf {
         self.root.join("setup-token")
     }
-    pub(crate) fn edge_snapshot(&self) -> PathBuf {
-        self.root.join("edge/snapshot.sealed")
+    /// Of whichever edge runs; nobody else writes there.
+    pub(crate) fn edge(&self) -> PathBuf {
+        self.root.join("edge")
+    }
+    /// Written by `serve` alone.
+    pub(crate) fn edge_certificates(&self) -> PathBuf {
+        self.root.join("ca/edge.sealed")
     }
 }
 

@@ -1,89 +1,56 @@
 //! The edge and what feeds it: a follower reads route rows into the table that the edge answers from, keeps a
 //! sealed snapshot on disk for the day the database is gone, and acknowledges what all workers serve.
 
+mod acknowledge;
+mod snapshot;
+
+pub(crate) use snapshot::EdgeDirectory;
+
 use crate::{
-    certs::EdgeCertificate,
+    certs::{self, CertificateFile, EdgeCertificate},
     config::EdgeArguments,
-    seal::{Sealer, private_file},
     tenants::routes::{self, ChangedRoute},
 };
+use acknowledge::{Acknowledgements, Serving, replaced};
 use anyhow::Context as _;
-use serde::{Deserialize, Serialize};
+use snapshot::table_of;
 use sqlx::postgres::PgListener;
 use std::{
+    convert::Infallible,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
-use systemprompt_contract::{Hostname, Secret};
-use systemprompt_edge::{BoundEdge, CertTable, Edge, EdgeConfig, EdgeHandle, Limits, Route, RouteTable, Upstream};
+use systemprompt_edge::{BoundEdge, CertTable, Edge, EdgeConfig, EdgeHandle, Limits, RouteTable, Upstream};
 use systemprompt_workflow::Db;
 use tokio::{
-    sync::{mpsc, watch},
-    time::{Instant, timeout},
+    sync::watch,
+    time::{MissedTickBehavior, interval, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 /// Notifications can be lost on a reconnect, so the rows are read at least this often.
 const POLL: Duration = Duration::from_secs(2);
-/// Between signs of life of this edge.
+/// Between signs of life of this edge, whatever it waits for; far below [`routes::EDGE_GONE_SECONDS`].
 const HEARTBEAT: Duration = Duration::from_secs(3);
-/// How long an acknowledgement waits for the requests on a replaced upstream to end.
-const DRAIN_BOUND: Duration = Duration::from_secs(10);
 /// Between tries to reach the database.
 const RECONNECT: Duration = Duration::from_millis(500);
+/// Between looks at the certificates' file.
+const CERTIFICATES: Duration = Duration::from_secs(10);
 /// How long open requests may take to end once the edge is told to stop.
 const DRAIN: Duration = Duration::from_secs(10);
 /// How long a request waits while its tenant is brought up.
 const HOLD: Duration = Duration::from_secs(10);
-const SNAPSHOT_CONTEXT: &str = "edge_snapshot";
-
-/// What an edge needs to serve without anybody: sealed in `edge/snapshot.sealed`, mode 0600.
-#[derive(Serialize, Deserialize)]
-pub(crate) struct Snapshot {
-    generation: u64,
-    routes: Vec<(Hostname, Route)>,
-    certificates: Vec<EdgeCertificate>,
-    /// Where API, registry and pages answer.
-    pub(crate) platform: PathBuf,
-    /// Where the route rows are; peer authentication, so no secret is in it.
-    pub(crate) database_url: String,
-}
-
-impl Snapshot {
-    /// Reads and opens the snapshot; none when there never was one.
-    ///
-    /// # Errors
-    /// When it cannot be read or was sealed by another key.
-    pub(crate) fn load(path: &Path, seal: &Sealer) -> anyhow::Result<Option<Self>> {
-        let sealed = match std::fs::read(path) {
-            Ok(sealed) => sealed,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
-        };
-        let plain = seal
-            .open(SNAPSHOT_CONTEXT, &sealed)
-            .with_context(|| format!("opening {}; was keys/seal.key replaced?", path.display()))?;
-        Ok(Some(serde_json::from_slice(&plain).with_context(|| format!("parsing {}", path.display()))?))
-    }
-
-    pub(crate) fn table(&self) -> RouteTable {
-        table_of(self.generation, self.routes.iter().cloned())
-    }
-
-    pub(crate) fn certificates(&self) -> &[EdgeCertificate] {
-        &self.certificates
-    }
-}
 
 /// What an edge starts with.
 pub(crate) struct EdgePlan {
     pub(crate) table: RouteTable,
     pub(crate) certificates: Vec<EdgeCertificate>,
-    pub(crate) snapshot_file: PathBuf,
+    /// Where renewed ones will be.
+    pub(crate) certificate_file: CertificateFile,
+    pub(crate) directory: EdgeDirectory,
     pub(crate) platform: PathBuf,
-    pub(crate) seal: Arc<Sealer>,
 }
 
 impl EdgePlan {
@@ -92,19 +59,23 @@ impl EdgePlan {
     /// # Errors
     /// When an address is taken, and when chain and key of a certificate do not fit.
     pub(crate) async fn bind(self, arguments: &EdgeArguments) -> anyhow::Result<(BoundEdge, Follower)> {
-        let certificates = self.certificates.iter().map(EdgeCertificate::for_edge).collect();
-        let certs = watch::Sender::new(Arc::new(CertTable::new(certificates).context("the edge's certificates")?));
+        let served = certs::table(&self.certificates).context("the edge's certificates")?;
+        let served = watch::Sender::new(Arc::new(served));
+        let acknowledgements = Acknowledgements::new(self.table.generation());
+        let kept = watch::Sender::new(self.table.generation());
         let table = watch::Sender::new(Arc::new(self.table));
         let config = edge_config(arguments, &self.platform);
-        let edge = Edge::new(config, table.subscribe(), certs.subscribe()).bind().await?;
+        let edge = Edge::new(config, table.subscribe(), served.subscribe()).bind().await?;
         let follower = Follower {
-            table,
-            edge: edge.handle(),
+            id: self.directory.edge_id(),
+            routes: Routes { table, edge: edge.handle(), kept: kept.subscribe(), acknowledgements },
+            registered: CancellationToken::new(),
+            kept,
+            served,
             certificates: self.certificates,
-            snapshot_file: self.snapshot_file,
+            certificate_file: self.certificate_file,
+            directory: Arc::new(self.directory),
             platform: self.platform,
-            database_url: String::new(),
-            seal: self.seal,
         };
         Ok((edge, follower))
     }
@@ -124,166 +95,138 @@ fn edge_config(arguments: &EdgeArguments, platform: &Path) -> EdgeConfig {
     }
 }
 
-/// Feeds one edge. Owns the table's sending half.
+/// Feeds one edge: routes from the database, certificates from their file.
 pub(crate) struct Follower {
-    table: watch::Sender<Arc<RouteTable>>,
-    edge: EdgeHandle,
+    id: Uuid,
+    routes: Routes,
+    registered: CancellationToken,
+    kept: watch::Sender<u64>,
+    served: watch::Sender<Arc<CertTable>>,
     certificates: Vec<EdgeCertificate>,
-    snapshot_file: PathBuf,
+    certificate_file: CertificateFile,
+    directory: Arc<EdgeDirectory>,
     platform: PathBuf,
-    database_url: String,
-    seal: Arc<Sealer>,
 }
 
 impl Follower {
-    /// Follows the database for as long as it is there and tries again when it is not; traffic goes on meanwhile.
-    pub(crate) async fn run(mut self, database_url: String, stop: CancellationToken) {
-        self.database_url = database_url;
-        let id = Uuid::new_v4();
-        loop {
-            let followed = tokio::select! {
-                followed = self.follow(id) => followed,
-                () = stop.cancelled() => break,
-            };
-            if let Err(error) = followed {
-                tracing::warn!(%error, "the route database does not answer; serving from memory");
-            }
-            tokio::select! {
-                () = tokio::time::sleep(RECONNECT) => {}
-                () = stop.cancelled() => break,
-            }
-        }
-        self.sign_off(id).await;
+    /// Cancelled once the edge has read all routes and stands in the database: whoever waits for every edge waits for
+    /// this one from then on.
+    pub(crate) fn registered(&self) -> CancellationToken {
+        self.registered.clone()
     }
 
-    async fn follow(&self, id: Uuid) -> Result<(), sqlx::Error> {
-        let db = Db::connect(&self.database_url, 2).await?;
-        let mut listener = PgListener::connect(&self.database_url).await?;
-        listener.listen(routes::CHANNEL).await?;
-        // Everything once: what went while nobody looked has left no trace to follow.
-        let mut generation = self.load_all(&db).await?;
-        let (acknowledge, published) = mpsc::unbounded_channel();
-        let acknowledging = acknowledge_in_order(&db, id, generation, self.edge.clone(), published);
+    /// Follows the database for as long as it is there and tries again when it is not; traffic goes on meanwhile.
+    pub(crate) async fn run(self, database_url: String, stop: CancellationToken) {
+        let Self { id, mut routes, registered, kept, served, certificates, certificate_file, directory, platform } =
+            self;
+        // Held to the end: who takes the directory next stands under the same id.
+        let keeping = directory.clone().keep(routes.table.subscribe(), kept, &platform, &database_url);
+        let renewing = certificate_file.follow(certificates, &served, CERTIFICATES);
         let following = async {
             loop {
-                match timeout(POLL, listener.recv()).await {
-                    Ok(received) => drop(received?),
-                    Err(_elapsed) => {}
-                }
-                let changed = routes::changed_since(db.pool(), generation).await?;
-                if let Some(last) = changed.last() {
-                    generation = last.generation;
-                    let replaced = self.publish(changed);
-                    let _ = acknowledge.send(Published { generation, replaced });
-                }
+                let Err(error) = routes.follow(id, &database_url, &registered).await;
+                tracing::warn!(%error, "the route database does not answer; serving from memory");
+                tokio::time::sleep(RECONNECT).await;
             }
         };
         tokio::select! {
-            followed = following => followed,
-            acknowledged = acknowledging => acknowledged,
+            () = following => {}
+            never = keeping => match never {},
+            never = renewing => match never {},
+            () = stop.cancelled() => {}
+        }
+        sign_off(id, &database_url).await;
+    }
+}
+
+/// The routes of one edge. What is not acknowledged yet outlives a connection to the database.
+struct Routes {
+    table: watch::Sender<Arc<RouteTable>>,
+    edge: EdgeHandle,
+    kept: watch::Receiver<u64>,
+    acknowledgements: Acknowledgements,
+}
+
+impl Routes {
+    async fn follow(
+        &mut self,
+        id: Uuid,
+        database_url: &str,
+        registered: &CancellationToken,
+    ) -> Result<Infallible, sqlx::Error> {
+        let db = Db::connect(database_url, 2).await?;
+        let mut listener = PgListener::connect(database_url).await?;
+        listener.listen(routes::CHANNEL).await?;
+        let mut generation = self.load_all(&db).await?;
+        let (mut polls, mut heartbeats) = (interval(POLL), interval(HEARTBEAT));
+        polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let serving = Serving { edge: &self.edge, kept: &self.kept };
+            tokio::select! {
+                _ = heartbeats.tick() => {
+                    self.sign(id, &db).await?;
+                    registered.cancel();
+                }
+                () = self.acknowledgements.advance(serving) => self.sign(id, &db).await?,
+                received = listener.recv() => {
+                    received?;
+                    generation = self.load_changes(&db, generation).await?;
+                }
+                _ = polls.tick() => generation = self.load_changes(&db, generation).await?,
+            }
         }
     }
 
-    async fn load_all(&self, db: &Db) -> Result<i64, sqlx::Error> {
+    /// Everything once: what went while nobody looked has left no trace to follow.
+    async fn load_all(&mut self, db: &Db) -> Result<i64, sqlx::Error> {
         let rows = routes::changed_since(db.pool(), 0).await?;
         let generation = rows.last().map_or(0, |row| row.generation);
         let live = rows.into_iter().filter_map(|row| Some((row.host, row.route?)));
-        self.replace(table_of(generation.unsigned_abs(), live));
+        let (before, after) = (self.table.borrow().clone(), table_of(generation.cast_unsigned(), live));
+        let gone = replaced(&before, &after, before.iter().map(|(host, _)| host));
+        self.publish(after, generation, gone);
         Ok(generation)
     }
 
-    /// Hands changed rows to the edge and returns the upstreams that no longer serve.
-    fn publish(&self, changed: Vec<ChangedRoute>) -> Vec<Upstream> {
+    async fn load_changes(&mut self, db: &Db, seen: i64) -> Result<i64, sqlx::Error> {
+        let changed = routes::changed_since(db.pool(), seen).await?;
+        let Some(generation) = changed.last().map(|row| row.generation) else { return Ok(seen) };
+        let hosts: Vec<_> = changed.iter().map(|row| row.host.clone()).collect();
+        let changes = changed.into_iter().map(|ChangedRoute { host, route, .. }| (host, route));
         let before = self.table.borrow().clone();
-        let generation = changed.last().map_or(before.generation(), |row| row.generation.unsigned_abs());
-        let replaced = changed
-            .iter()
-            .filter_map(|row| match (before.lookup(&row.host), &row.route) {
-                (Some(Route::Tenant { upstream: old, .. }), new) => match new {
-                    Some(Route::Tenant { upstream, .. }) if upstream == old => None,
-                    _ => Some(old.clone()),
-                },
-                _ => None,
-            })
-            .collect();
-        self.replace(before.apply(generation, changed.into_iter().map(|row| (row.host, row.route))));
-        replaced
+        let after = before.apply(generation.cast_unsigned(), changes);
+        let gone = replaced(&before, &after, &hosts);
+        self.publish(after, generation, gone);
+        Ok(generation)
     }
 
-    fn replace(&self, table: RouteTable) {
-        let table = Arc::new(table);
-        self.table.send_replace(table.clone());
-        // Kept before it is acknowledged: a release that was called live is in the snapshot.
-        if let Err(error) = self.persist(&table) {
-            tracing::error!(%error, "the edge's snapshot could not be kept; a restart without database would serve an older one");
-        }
+    fn publish(&mut self, table: RouteTable, generation: i64, gone: Vec<Upstream>) {
+        self.acknowledgements.published(generation, gone);
+        self.table.send_replace(Arc::new(table));
     }
 
-    fn persist(&self, table: &RouteTable) -> anyhow::Result<()> {
-        let snapshot = Snapshot {
-            generation: table.generation(),
-            routes: table.iter().map(|(host, route)| (host.clone(), route.clone())).collect(),
-            certificates: self.certificates.clone(),
-            platform: self.platform.clone(),
-            database_url: self.database_url.clone(),
-        };
-        let plain = Secret::new(serde_json::to_string(&snapshot)?);
-        let sealed = self.seal.seal(SNAPSHOT_CONTEXT, plain.expose().as_bytes());
-        private_file::write(&self.snapshot_file, &sealed)?;
-        Ok(())
-    }
-
-    /// An edge that says goodbye holds up no deploy.
-    async fn sign_off(&self, id: Uuid) {
-        let farewell = async {
-            let db = Db::connect(&self.database_url, 1).await?;
-            sqlx::query!("DELETE FROM edges WHERE id = $1", id).execute(db.pool()).await
-        };
-        if let Ok(Err(error)) = timeout(Duration::from_secs(1), farewell).await {
-            tracing::debug!(%error, "could not sign off; the row ages out");
-        }
-    }
-}
-
-struct Published {
-    generation: i64,
-    replaced: Vec<Upstream>,
-}
-
-/// Acknowledges generations in order, each when every worker serves it and the requests on what it replaced have
-/// ended (or a bound has passed); in between, signs of life.
-async fn acknowledge_in_order(
-    db: &Db,
-    id: Uuid,
-    mut acknowledged: i64,
-    edge: EdgeHandle,
-    mut published: mpsc::UnboundedReceiver<Published>,
-) -> Result<(), sqlx::Error> {
-    loop {
+    /// A sign of life, with what is acknowledged.
+    async fn sign(&self, id: Uuid, db: &Db) -> Result<(), sqlx::Error> {
         sqlx::query!(
             "INSERT INTO edges (id, generation) VALUES ($1, $2)
              ON CONFLICT (id) DO UPDATE SET generation = excluded.generation, seen_at = now()",
             id,
-            acknowledged,
+            self.acknowledgements.acknowledged(),
         )
         .execute(db.pool())
-        .await?;
-        if let Ok(next) = timeout(HEARTBEAT, published.recv()).await {
-            let Some(next) = next else { return Ok(()) };
-            edge.wait_generation(next.generation.unsigned_abs()).await;
-            wait_drained(&edge, &next.replaced).await;
-            acknowledged = next.generation;
-        }
+        .await
+        .map(drop)
     }
 }
 
-async fn wait_drained(edge: &EdgeHandle, replaced: &[Upstream]) {
-    let deadline = Instant::now() + DRAIN_BOUND;
-    while replaced.iter().any(|upstream| edge.in_flight(upstream) > 0) && Instant::now() < deadline {
-        tokio::time::sleep(Duration::from_millis(5)).await;
+/// An edge that says goodbye holds up no deploy.
+async fn sign_off(id: Uuid, database_url: &str) {
+    let farewell = async {
+        let db = Db::connect(database_url, 1).await?;
+        sqlx::query!("DELETE FROM edges WHERE id = $1", id).execute(db.pool()).await
+    };
+    if let Ok(Err(error)) = timeout(Duration::from_secs(1), farewell).await {
+        tracing::debug!(%error, "could not sign off; the row ages out");
     }
-}
-
-fn table_of(generation: u64, routes: impl IntoIterator<Item = (Hostname, Route)>) -> RouteTable {
-    RouteTable::new().apply(generation, routes.into_iter().map(|(host, route)| (host, Some(route))))
 }

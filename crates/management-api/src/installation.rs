@@ -12,6 +12,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 use systemprompt_compute::process::{Bind, ProcessConfig, ProcessDriver};
 use systemprompt_postgres::{
@@ -78,13 +79,24 @@ pub(crate) struct Clusters {
     pub(crate) tenants: Arc<Cluster>,
 }
 
+/// Not both clusters could be started.
+#[derive(Debug)]
+pub(crate) struct HalfStarted {
+    pub(crate) error: anyhow::Error,
+    /// What runs all the same.
+    pub(crate) up: Vec<Cluster>,
+}
+
 impl Clusters {
-    pub(crate) async fn start(layout: &Layout) -> anyhow::Result<Self> {
-        let (control, tenants) = tokio::try_join!(
+    /// Waits for both, whatever becomes of the other, so that what runs is known.
+    pub(crate) async fn start(layout: &Layout) -> Result<Self, HalfStarted> {
+        match tokio::join!(
             start_cluster(layout, "control", Access::ControlPlane),
             start_cluster(layout, "tenants", Access::Tenants),
-        )?;
-        Ok(Self { control, tenants: Arc::new(tenants) })
+        ) {
+            (Ok(control), Ok(tenants)) => Ok(Self { control, tenants: Arc::new(tenants) }),
+            (Err(error), other) | (other, Err(error)) => Err(HalfStarted { error, up: other.into_iter().collect() }),
+        }
     }
 
     /// Those that were made, running or not; starts nothing.
@@ -96,19 +108,52 @@ impl Clusters {
         Ok(found)
     }
 
-    pub(crate) async fn stop(&self) -> anyhow::Result<()> {
-        tokio::try_join!(self.control.stop(StopMode::Fast), self.tenants.stop(StopMode::Fast))?;
-        for cluster in [&self.control, &*self.tenants] {
-            remove_cluster_socket(cluster);
-        }
-        Ok(())
+    pub(crate) fn up(&self) -> Vec<Cluster> {
+        vec![self.control.clone(), Cluster::clone(&self.tenants)]
     }
 }
 
-/// Not while an instance lives, whose sandbox has this very directory bound into it: all are stopped.
-pub(crate) fn remove_cluster_socket(cluster: &Cluster) {
-    let gone = std::fs::remove_dir(cluster.socket_dir());
-    tracing::debug!(?gone, "removed a cluster's socket directory");
+/// Stops instances, and then the clusters that are up.
+///
+/// # Errors
+/// When instances may go on: then so do the clusters, whose socket directory is bound into their sandboxes for as long
+/// as they live.
+pub(crate) async fn take_down(
+    layout: &Layout,
+    driver: anyhow::Result<Arc<ProcessDriver>>,
+    up: &[Cluster],
+    grace: Duration,
+) -> anyhow::Result<()> {
+    match driver {
+        Ok(driver) => driver.shutdown(grace).await.context("stopping the instances; the clusters were left running")?,
+        Err(error) if may_have_instances(layout) => {
+            return Err(error.context(format!(
+                "instances may run and cannot be stopped, so the database clusters were left running too; mend this, then run `management-api stop --data {}`",
+                layout.root().display()
+            )));
+        }
+        Err(error) => tracing::debug!(%error, "there is no app, so there is no instance to stop"),
+    }
+    let stopped = futures_util::future::join_all(up.iter().map(|cluster| cluster.stop(StopMode::Fast))).await;
+    stopped.into_iter().collect::<Result<Vec<_>, _>>()?;
+    for cluster in up {
+        // Not while an instance lives, whose sandbox has this very directory bound into it: all are stopped.
+        let gone = std::fs::remove_dir(cluster.socket_dir());
+        tracing::debug!(?gone, "removed a cluster's socket directory");
+    }
+    remove_socket_directory(&platform_socket(layout));
+    Ok(())
+}
+
+/// Whether the driver has ever had an app here: it keeps each in a folder.
+fn may_have_instances(layout: &Layout) -> bool {
+    std::fs::read_dir(layout.compute().join("apps")).is_ok_and(|mut apps| apps.next().is_some())
+}
+
+/// A driver for whoever only stops what earlier ones started: what new sandboxes would show does not matter.
+pub(crate) fn open_stopping_driver(layout: &Layout, seal: &Sealer) -> anyhow::Result<Arc<ProcessDriver>> {
+    let registry = open_registry(layout, seal)?;
+    open_driver(layout, &registry, layout.root(), true).map(Arc::new)
 }
 
 pub(crate) async fn start_cluster(layout: &Layout, name: &str, access: Access) -> anyhow::Result<Cluster> {
@@ -208,7 +253,7 @@ pub(crate) fn bind_socket(path: &Path) -> anyhow::Result<UnixListener> {
 }
 
 /// Empty by now but for a socket that nobody listens on.
-pub(crate) fn remove_socket_directory(socket: &Path) {
+fn remove_socket_directory(socket: &Path) {
     let removed = std::fs::remove_file(socket);
     let gone = socket.parent().map(std::fs::remove_dir);
     tracing::debug!(?removed, ?gone, "removed the platform's socket");

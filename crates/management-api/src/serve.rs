@@ -2,27 +2,37 @@
 
 use crate::{
     app::{App, Infrastructure, Parts, Site},
-    certs::LocalCa,
-    commands::{announce, wait_for_signal},
+    certs::{CertificateFile, LocalCa},
+    commands::{announce, asked_to_stop},
     config::{Layout, OnStop, ServeArguments},
-    edge_role::{EdgePlan, Follower, Snapshot},
+    edge_role::{EdgeDirectory, EdgePlan, Follower},
     http,
     identity::{self, Limits},
     installation::{
         CONTROL_DATABASE, Clusters, bind_socket, lock_data, open_control_database, open_data, open_driver,
-        open_registry, platform_socket, registry_key, remove_socket_directory,
+        open_registry, open_stopping_driver, platform_socket, registry_key, take_down,
     },
     reconcile,
     seal::Sealer,
     tenants::{databases::TenantDatabases, delete::DeleteTenant, deploy::DeployTenant, provision::ProvisionTenant},
 };
 use anyhow::Context as _;
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use chrono::Utc;
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 use systemprompt_compute::process::ProcessDriver;
 use systemprompt_edge::{BoundEdge, DrainReport, RouteTable};
+use systemprompt_postgres::Cluster;
 use systemprompt_registry::Registry;
 use systemprompt_workflow::{Db, Engine, EngineConfig, events::EventHub};
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    task::{JoinError, JoinHandle},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 const TENANTS_ADMIN_CONNECTIONS: u32 = 4;
@@ -31,74 +41,179 @@ const TENANTS_ADMIN_CONNECTIONS: u32 = 4;
 const WORKER: &str = "control-plane";
 /// How long tasks may take to end once we are told to stop.
 const DRAIN: Duration = Duration::from_secs(10);
+/// Between looks at how long the edge's certificate is still good.
+const RENEWAL: Duration = Duration::from_hours(24);
 
 /// Runs the control plane until SIGTERM or SIGINT.
 pub(crate) async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
+    // Before anything is started, so that a signal during the start stops what was started.
+    let asked = asked_to_stop()?;
     let layout = open_data(&arguments.edge.data.data)?;
     let _lock = lock_data(&layout)?;
     let seal = Arc::new(Sealer::load_or_create(&layout.seal_key())?);
-    let ca = LocalCa::load_or_create(&layout.ca(), &arguments.edge.zone)?;
+    let certificate_file = CertificateFile::new(layout.edge_certificates(), seal.clone());
+    let ca = Arc::new(LocalCa::load_or_create(&layout.ca(), &arguments.edge.zone, certificate_file.clone())?);
     let platform = platform_socket(&layout);
 
     // Ports before anything that takes long: a taken one is said at once, and the edge serves from its snapshot
     // while the rest comes up.
-    let edge = bind_edge(&arguments, &layout, &seal, &ca, &platform).await?;
+    let edge = bind_edge(&arguments, &layout, &seal, &ca, certificate_file, &platform).await?;
     let site = arguments.edge.site(edge.as_ref().map(|(edge, _)| edge.https_addr().port()));
     let api_in_clear = bind_clear(arguments.http_api).await?;
-    let stops = Stops::default();
-    let edge = edge.map(|(edge, follower)| StartedEdge::start(edge, follower, &stops));
 
-    let clusters = Arc::new(Clusters::start(&layout).await?);
-    let registry = open_registry(&layout, &seal)?;
-    let opened = Opened { layout, site, seal, registry, clusters: clusters.clone() };
-    let served =
-        control_plane(&arguments, opened, Listening { edge, api_in_clear, platform: &platform, ca: &ca }, stops).await;
+    let mut running = Running::default();
+    let start = Start { arguments: &arguments, layout: &layout, seal: &seal, ca: &ca, platform: &platform, site };
+    let served = start.run(edge, api_in_clear, &mut running, &asked).await;
+    let Running { up, driver, .. } = &running;
+    let (up, driver) = (up.clone(), driver.clone());
+    let drained = running.drain().await;
+    if arguments.on_stop == OnStop::Leave {
+        return served.and(drained);
+    }
     // Also when it did not get to serve: what was started for it is not left behind.
-    if arguments.on_stop == OnStop::Stop {
-        clusters.stop().await?;
-        remove_socket_directory(&platform);
+    let driver = driver.map_or_else(|| open_stopping_driver(&layout, &seal), Ok);
+    let down = take_down(&layout, driver, &up, arguments.deploy_limits().stop_grace).await;
+    if let (Err(_), Err(error)) = (&served, &down) {
+        tracing::error!(error = format!("{error:#}"), "taking down what was started");
     }
-    served
+    served.and(drained).and(down)
 }
 
-/// What listens before there is anything behind it.
-struct Listening<'a> {
-    edge: Option<StartedEdge>,
-    api_in_clear: Option<TcpListener>,
+/// What a start needs.
+struct Start<'a> {
+    arguments: &'a ServeArguments,
+    layout: &'a Layout,
+    seal: &'a Arc<Sealer>,
+    ca: &'a Arc<LocalCa>,
     platform: &'a Path,
-    ca: &'a LocalCa,
+    site: Site,
 }
 
-/// Everything behind the listeners, from its start to its end.
-async fn control_plane(
-    arguments: &ServeArguments,
-    opened: Opened,
-    listening: Listening<'_>,
+/// What was started so far, for whoever has to stop it.
+#[derive(Default)]
+struct Running {
     stops: Stops,
-) -> anyhow::Result<()> {
-    let socket_dir = opened.clusters.tenants.socket_dir();
-    let driver = Arc::new(open_driver(&opened.layout, &opened.registry, socket_dir, arguments.unsafe_shared)?);
-    let app = build_app(arguments, &opened, driver.clone(), &stops).await?;
-    let setup = identity::ensure_setup_token(&app.db, &app.setup_token_file).await?;
+    tasks: TaskTracker,
+    /// None when there is no edge in this process, or it has ended.
+    edge: Option<JoinHandle<DrainReport>>,
+    follower: Option<JoinHandle<()>>,
+    up: Vec<Cluster>,
+    driver: Option<Arc<ProcessDriver>>,
+    db: Option<Db>,
+}
 
-    let tasks = TaskTracker::new();
-    let socket = bind_socket(listening.platform)?;
-    tasks.spawn(serve_http(socket, http::platform_router(&app), stops.api.clone()));
-    if let Some(listener) = listening.api_in_clear {
-        tasks.spawn(serve_http(listener, http::api_router(&app), stops.api.clone()));
+impl Start<'_> {
+    /// Starts everything and serves until it is asked to stop, at whatever point that is.
+    async fn run(
+        self,
+        edge: Option<(BoundEdge, Follower)>,
+        api_in_clear: Option<TcpListener>,
+        running: &mut Running,
+        asked: &CancellationToken,
+    ) -> anyhow::Result<()> {
+        let https = edge.as_ref().map(|(edge, _)| edge.https_addr());
+        let follower = edge.map(|(edge, follower)| {
+            running.edge = Some(tokio::spawn(edge.serve(running.stops.edge.clone())));
+            follower
+        });
+        // Who is to stop the clusters has to know which of them run.
+        let leave = self.arguments.on_stop == OnStop::Leave;
+        let clusters = tokio::select! {
+            clusters = Clusters::start(self.layout) => clusters,
+            () = asked.cancelled(), if leave => return Ok(()),
+        };
+        let clusters = clusters.map_err(|half| {
+            running.up = half.up;
+            half.error
+        })?;
+        running.up = clusters.up();
+        let setup = tokio::select! {
+            setup = self.control_plane(clusters, follower, api_in_clear, running) => setup?,
+            () = asked.cancelled() => return Ok(()),
+        };
+        announce(&self.site, https, &self.ca.ca_file(), setup.as_deref());
+        let ended = async {
+            match &mut running.edge {
+                Some(edge) => edge.await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = asked.cancelled() => Ok(()),
+            ended = ended => {
+                running.edge = None;
+                Err(edge_ended(ended))
+            }
+        }
     }
-    spawn_workers(&tasks, &app, &stops);
-    let https = listening.edge.as_ref().map(|edge| edge.https);
-    let edge = listening.edge.map(|edge| edge.follow(opened.clusters.control.url(CONTROL_DATABASE), &stops));
 
-    announce(&app.site, https, &listening.ca.ca_file(), setup.as_deref());
-    wait_for_signal().await?;
-    drain(edge, tasks, &stops).await?;
-    if arguments.on_stop == OnStop::Stop {
-        driver.shutdown(app.infrastructure.limits.stop_grace).await?;
+    /// Everything behind the listeners. Returns where the setup token lies, if nobody has used it yet.
+    async fn control_plane(
+        &self,
+        clusters: Clusters,
+        follower: Option<Follower>,
+        api_in_clear: Option<TcpListener>,
+        running: &mut Running,
+    ) -> anyhow::Result<Option<PathBuf>> {
+        let registry = open_registry(self.layout, self.seal)?;
+        let unsafe_shared = self.arguments.unsafe_shared;
+        let driver = Arc::new(open_driver(self.layout, &registry, clusters.tenants.socket_dir(), unsafe_shared)?);
+        running.driver = Some(driver.clone());
+        let app = self.build_app(&clusters, registry, driver, &running.stops).await?;
+        running.db = Some(app.db.clone());
+        let setup = identity::ensure_setup_token(&app.db, &app.setup_token_file).await?;
+
+        let Running { tasks, stops, .. } = running;
+        let socket = bind_socket(self.platform)?;
+        tasks.spawn(serve_http(socket, http::platform_router(&app), stops.api.clone()));
+        if let Some(listener) = api_in_clear {
+            tasks.spawn(serve_http(listener, http::api_router(&app), stops.api.clone()));
+        }
+        if let Some(follower) = follower {
+            let registered = follower.registered();
+            let database_url = clusters.control.url(CONTROL_DATABASE);
+            running.follower = Some(tokio::spawn(follower.run(database_url, stops.follower.clone())));
+            // A deploy that goes on waits for every edge that stands in the database: ours does before any goes on.
+            registered.cancelled().await;
+        }
+        spawn_workers(tasks, &app, self.ca, stops);
+        Ok(setup)
     }
-    app.db.pool().close().await;
-    Ok(())
+
+    async fn build_app(
+        &self,
+        clusters: &Clusters,
+        registry: Registry,
+        driver: Arc<ProcessDriver>,
+        stops: &Stops,
+    ) -> anyhow::Result<App> {
+        let Self { arguments, layout, seal, site, .. } = self;
+        let db = open_control_database(&clusters.control).await?;
+        systemprompt_workflow::release_leases(&db, WORKER).await?;
+        let admin = Db::connect(&clusters.tenants.url("postgres"), TENANTS_ADMIN_CONNECTIONS).await?;
+        let databases = TenantDatabases::new(admin.pool().clone(), clusters.tenants.clone());
+        databases.harden().await?;
+        let infrastructure = Infrastructure {
+            site: site.clone(),
+            driver,
+            databases,
+            registry,
+            seal: Arc::clone(seal),
+            limits: arguments.deploy_limits(),
+        };
+        Ok(App::new(Parts {
+            hub: EventHub::start(db.clone()),
+            db,
+            seal: Arc::clone(seal),
+            site: site.clone(),
+            plans: crate::billing::default_plans(),
+            infrastructure,
+            registry_key: registry_key(seal),
+            setup_token_file: layout.setup_token(),
+            stop: stops.streams.clone(),
+            identity: Limits::default(),
+        }))
+    }
 }
 
 /// Tokens of what stops when: streams and the edge first, so that nothing new comes in.
@@ -111,29 +226,43 @@ struct Stops {
     follower: CancellationToken,
 }
 
-async fn drain(edge: Option<FollowingEdge>, tasks: TaskTracker, stops: &Stops) -> anyhow::Result<()> {
-    tracing::info!("draining");
-    // Event and log streams never end by themselves; their clients come back to whoever serves next.
-    stops.streams.cancel();
-    stops.edge.cancel();
-    let following = match edge {
-        Some(FollowingEdge { serving, following }) => {
-            let report = serving.await.context("the edge")?;
-            tracing::info!(?report, "the edge has drained");
-            Some(following)
+impl Running {
+    async fn drain(self) -> anyhow::Result<()> {
+        let Self { stops, tasks, edge, follower, db, .. } = self;
+        tracing::info!("draining");
+        // Event and log streams never end by themselves; their clients come back to whoever serves next.
+        stops.streams.cancel();
+        stops.edge.cancel();
+        let drained = match edge {
+            Some(edge) => edge.await.context("the edge").map(Some),
+            None => Ok(None),
+        };
+        tracing::info!(report = ?drained, "the edge has drained");
+        stops.api.cancel();
+        stops.workers.cancel();
+        stops.follower.cancel();
+        tasks.close();
+        if tokio::time::timeout(DRAIN, tasks.wait()).await.is_err() {
+            tracing::warn!(
+                "some tasks did not end in time; whatever they did is journalled and goes on at the next start"
+            );
         }
-        None => None,
-    };
-    stops.api.cancel();
-    stops.workers.cancel();
-    stops.follower.cancel();
-    tasks.close();
-    if tokio::time::timeout(DRAIN, tasks.wait()).await.is_err() {
-        tracing::warn!("some tasks did not end in time; whatever they did is journalled and goes on at the next start");
+        let followed = match follower {
+            Some(follower) => follower.await.context("the edge's follower"),
+            None => Ok(()),
+        };
+        if let Some(db) = db {
+            db.pool().close().await;
+        }
+        drained.and(followed)
     }
-    match following {
-        Some(following) => following.await.context("the edge's follower"),
-        None => Ok(()),
+}
+
+/// Why an edge that nobody told to stop has ended.
+pub(crate) fn edge_ended(ended: Result<DrainReport, JoinError>) -> anyhow::Error {
+    match ended {
+        Ok(_) => anyhow::anyhow!("the edge ended by itself; the log says why each of its workers did"),
+        Err(error) => anyhow::Error::new(error).context("the edge ended by itself"),
     }
 }
 
@@ -142,91 +271,29 @@ async fn bind_edge(
     layout: &Layout,
     seal: &Arc<Sealer>,
     ca: &LocalCa,
+    certificate_file: CertificateFile,
     platform: &Path,
 ) -> anyhow::Result<Option<(BoundEdge, Follower)>> {
+    // Also for an edge beside this process, which reads them from their file.
+    let certificates = ca.certificates()?;
     if arguments.without_edge {
         return Ok(None);
     }
-    let snapshot = Snapshot::load(&layout.edge_snapshot(), seal)?;
-    let plan = EdgePlan {
-        table: snapshot.map_or_else(RouteTable::new, |snapshot| snapshot.table()),
-        certificates: ca.certificates()?,
-        snapshot_file: layout.edge_snapshot(),
-        platform: platform.to_owned(),
-        seal: seal.clone(),
-    };
+    let directory = EdgeDirectory::claim(layout, seal.clone())?;
+    // The database has everything; the snapshot only makes the edge serve before that is up.
+    let snapshot = directory.load().unwrap_or_else(|error| {
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "the edge starts empty, without its snapshot, until the database is up"
+        );
+        None
+    });
+    let table = snapshot.map_or_else(RouteTable::new, |snapshot| snapshot.table());
+    let plan = EdgePlan { table, certificates, certificate_file, directory, platform: platform.to_owned() };
     plan.bind(&arguments.edge).await.map(Some)
 }
 
-/// An edge that serves its snapshot.
-struct StartedEdge {
-    https: SocketAddr,
-    serving: JoinHandle<DrainReport>,
-    follower: Follower,
-}
-
-/// An edge that serves and follows the database.
-struct FollowingEdge {
-    serving: JoinHandle<DrainReport>,
-    following: JoinHandle<()>,
-}
-
-impl StartedEdge {
-    fn start(edge: BoundEdge, follower: Follower, stops: &Stops) -> Self {
-        let https = edge.https_addr();
-        Self { https, serving: tokio::spawn(edge.serve(stops.edge.clone())), follower }
-    }
-
-    fn follow(self, database_url: String, stops: &Stops) -> FollowingEdge {
-        let following = tokio::spawn(self.follower.run(database_url, stops.follower.clone()));
-        FollowingEdge { serving: self.serving, following }
-    }
-}
-
-/// What an [`App`] is made from.
-struct Opened {
-    layout: Layout,
-    site: Site,
-    seal: Arc<Sealer>,
-    registry: Registry,
-    clusters: Arc<Clusters>,
-}
-
-async fn build_app(
-    arguments: &ServeArguments,
-    opened: &Opened,
-    driver: Arc<ProcessDriver>,
-    stops: &Stops,
-) -> anyhow::Result<App> {
-    let Opened { layout, site, seal, registry, clusters } = opened;
-    let db = open_control_database(&clusters.control).await?;
-    systemprompt_workflow::release_leases(&db, WORKER).await?;
-    let admin = Db::connect(&clusters.tenants.url("postgres"), TENANTS_ADMIN_CONNECTIONS).await?;
-    let databases = TenantDatabases::new(admin.pool().clone(), clusters.tenants.clone());
-    databases.harden().await?;
-    let infrastructure = Infrastructure {
-        site: site.clone(),
-        driver,
-        databases,
-        registry: registry.clone(),
-        seal: seal.clone(),
-        limits: arguments.deploy_limits(),
-    };
-    Ok(App::new(Parts {
-        hub: EventHub::start(db.clone()),
-        db,
-        seal: seal.clone(),
-        site: site.clone(),
-        plans: crate::billing::default_plans(),
-        infrastructure,
-        registry_key: registry_key(seal),
-        setup_token_file: layout.setup_token(),
-        stop: stops.streams.clone(),
-        identity: Limits::default(),
-    }))
-}
-
-fn spawn_workers(tasks: &TaskTracker, app: &App, stops: &Stops) {
+fn spawn_workers(tasks: &TaskTracker, app: &App, ca: &Arc<LocalCa>, stops: &Stops) {
     let infrastructure = &app.infrastructure;
     let engine = Engine::new(app.db.clone(), EngineConfig::new(WORKER))
         .register::<ProvisionTenant>(infrastructure.clone())
@@ -235,6 +302,13 @@ fn spawn_workers(tasks: &TaskTracker, app: &App, stops: &Stops) {
     tasks.spawn(engine.run(stops.workers.clone()));
     tasks.spawn(reconcile::instances::run(app.db.clone(), infrastructure.clone(), stops.workers.clone()));
     tasks.spawn(reconcile::garbage::run(app.db.clone(), infrastructure.clone(), stops.workers.clone()));
+    let (ca, stop) = (ca.clone(), stops.workers.clone());
+    tasks.spawn(async move {
+        tokio::select! {
+            never = ca.keep_renewed(RENEWAL, Utc::now) => match never {},
+            () = stop.cancelled() => {}
+        }
+    });
 }
 
 async fn bind_clear(address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {

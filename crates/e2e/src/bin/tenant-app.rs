@@ -2,7 +2,7 @@
 //!
 //! | behaviour | does |
 //! |---|---|
-//! | `healthy` | answers every path with 200 and the behaviour file's second line; `/slow` after three seconds |
+//! | `healthy` | answers every path with 200 and the behaviour file's second line; `/slow` after three seconds, `/hold` without an end |
 //! | `crash` | writes a line and ends with code 7 |
 //! | `sick` | answers every path with 500 |
 //! | `silent` | listens and never answers |
@@ -14,7 +14,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::exit, reason = "it is an app: its output is under test")]
 
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{TcpListener, TcpStream, ToSocketAddrs as _, UdpSocket},
     os::{
         linux::net::SocketAddrExt as _,
@@ -78,6 +78,11 @@ fn serve(connection: TcpStream, behaviour: &str, text: &str) {
             "/slow" => {
                 thread::sleep(Duration::from_secs(3));
                 text.to_owned()
+            }
+            "/hold" => {
+                let begun = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-type: text/event-stream\r\n\r\n2\r\n:\n\r\n";
+                let _ = writing.write_all(begun.as_bytes()).and_then(|()| reading.read_to_end(&mut Vec::new()));
+                return;
             }
             "/die" if matches!(behaviour, "mortal" | "lines") => std::process::exit(9),
             "/leave" if behaviour == "mortal" => std::process::exit(0),

@@ -1,11 +1,14 @@
 //! Traffic never waits for the control plane.
 
 use anyhow::{Context as _, ensure};
-use e2e::{Stack, Start, TenantRef, TestApp, until};
+use e2e::{Stack, Start, TenantRef, TestApp, open_loop, until};
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
+use tokio::{net::TcpStream, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_edge_alone_serves_from_its_snapshot_with_everything_else_dead() -> anyhow::Result<()> {
@@ -107,4 +110,163 @@ struct Sandbox {
 fn sandbox(instance: &Path) -> anyhow::Result<Sandbox> {
     let status = fs::read_to_string(instance.join("status"))?;
     status.lines().rev().find_map(|line| serde_json::from_str(line).ok()).with_context(|| status.clone())
+}
+
+/// A stream holds up the end of one release; meanwhile the edge shows that it lives, and the other tenant's old
+/// instance goes only when its requests are answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_of_one_tenant_costs_the_other_no_request() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let (streaming, busy) = (stack.provision("streaming").await?, stack.provision("busy").await?);
+    for tenant in [&streaming, &busy] {
+        TestApp { behaviour: "healthy", text: "0" }.release(&stack, tenant).await?;
+    }
+    let stream = stack.client().get(format!("{}/hold", streaming.url)).send().await?.error_for_status()?;
+    let stop = CancellationToken::new();
+    let silence = tokio::spawn(longest_silence(e2e::connect(&stack, "control", "systemprompt").await?, stop.clone()));
+    let slow: Vec<_> = (0..4).map(|_| keep_asking(&stack, &busy, stop.clone())).collect();
+    let load = tokio::spawn(open_loop(stack.client().clone(), format!("{}/", busy.url), 50, stop.clone()));
+
+    let held = TestApp { behaviour: "healthy", text: "1" }.push(&stack, &streaming).await?;
+    let held = held.submit(&stack, &streaming).await?;
+    until("the new release serves", async || stack.get(&streaming, "/").await.is_ok_and(|(_, body)| body == "1"))
+        .await?;
+    for text in ["1", "2"] {
+        TestApp { behaviour: "healthy", text }.release(&stack, &busy).await?;
+    }
+    let view = e2e::wait_over(&stack, &held).await?;
+    ensure!(view["status"] == "succeeded", "{view}");
+    stop.cancel();
+    drop(stream);
+    let report = load.await?;
+    ensure!(report.failed == 0 && report.sent > 100, "{report:?}");
+    for answers in slow {
+        let answers = answers.await??;
+        ensure!(answers.len() > 1 && answers.iter().all(|(status, _)| *status == 200), "{answers:?}");
+    }
+    let silence = silence.await??;
+    ensure!(silence < 8.0, "the edge gave no sign of life for {silence} s");
+    Ok(())
+}
+
+/// Of the edge, in seconds.
+async fn longest_silence(mut control: sqlx::PgConnection, stop: CancellationToken) -> anyhow::Result<f64> {
+    let mut longest = 0.0_f64;
+    while !stop.is_cancelled() {
+        let query = "SELECT extract(epoch FROM now() - min(seen_at))::float8 FROM edges";
+        let silence: Option<f64> = sqlx::query_scalar(query).fetch_one(&mut control).await?;
+        longest = longest.max(silence.context("the edge stands in the database")?);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(longest)
+}
+
+/// Asks for `/slow` again and again, from when the edge listens. What it was answered.
+fn keep_asking(
+    stack: &Stack,
+    tenant: &TenantRef,
+    stop: CancellationToken,
+) -> JoinHandle<anyhow::Result<Vec<(u16, String)>>> {
+    let (client, url) = (stack.client().clone(), format!("{}/slow", tenant.url));
+    tokio::spawn(async move {
+        let mut answers = Vec::new();
+        while !stop.is_cancelled() {
+            match client.get(&url).send().await {
+                Err(error) if error.is_connect() && answers.is_empty() => {
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+                answer => {
+                    let answer = answer?;
+                    answers.push((answer.status().as_u16(), answer.text().await?));
+                }
+            }
+        }
+        Ok(answers)
+    })
+}
+
+/// Killed right behind the switch and started when its edge is long taken for dead: the snapshot still names the old
+/// instance, which must live until the edge has let go of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_behind_the_switch_costs_no_request() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    let tenant = stack.provision("unlucky").await?;
+    TestApp { behaviour: "healthy", text: "old" }.release(&stack, &tenant).await?;
+    let new = TestApp { behaviour: "healthy", text: "new" }.push(&stack, &tenant).await?;
+    let url = format!("{}{}", stack.api_url(), systemprompt_contract::paths::tenant(tenant.id, "/deploy"));
+    stack.terminate()?;
+    let snapshot = stack.data().join("edge/snapshot.sealed");
+    let old_snapshot = fs::read(&snapshot)?;
+    stack.serve(&Start { crash_point: Some("deploy_tenant.switch.after_commit"), ..Start::default() })?;
+    let body = serde_json::json!({ "image": new.image, "digest": new.digest });
+    // The answer may die with the process.
+    drop(stack.client().post(url).bearer_auth(stack.token().expose()).json(&body).send().await);
+    stack.wait_died()?;
+    fs::write(&snapshot, old_snapshot)?;
+    let mut control = e2e::connect(&stack, "control", "systemprompt").await?;
+    sqlx::query("UPDATE edges SET seen_at = now() - interval '1 hour'").execute(&mut control).await?;
+
+    let stop = CancellationToken::new();
+    let slow: Vec<_> = (0..4).map(|_| keep_asking(&stack, &tenant, stop.clone())).collect();
+    stack.serve(&Start::default())?;
+    stack.wait_status(&tenant, "running").await?;
+    stop.cancel();
+    let mut all = Vec::new();
+    for answers in slow {
+        all.extend(answers.await??);
+    }
+    ensure!(all.iter().all(|(status, _)| *status == 200), "{all:?}");
+    ensure!(all.iter().any(|(_, body)| body == "old"), "the old instance was asked: {all:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edge_signs_off_when_it_has_drained_and_not_before() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    let tenant = stack.provision("streaming").await?;
+    TestApp { behaviour: "healthy", text: "0" }.release(&stack, &tenant).await?;
+    stack.terminate()?;
+    stack.serve_edge()?;
+    stack.serve(&Start { without_edge: true, ..Start::default() })?;
+    let mut control = e2e::connect(&stack, "control", "systemprompt").await?;
+    let stream = stack.client().get(format!("{}/hold", tenant.url)).send().await?.error_for_status()?;
+    let mut signs = async || {
+        let signs: Result<Vec<String>, _> =
+            sqlx::query_scalar("SELECT seen_at::text FROM edges").fetch_all(&mut control).await;
+        signs.unwrap_or_default()
+    };
+    until("the edge stands in the database", async || signs().await.len() == 1).await?;
+
+    stack.tell_edge_to_stop()?;
+    let address = ("127.0.0.1", stack.https_port());
+    until("the edge takes no more connections", async || TcpStream::connect(address).await.is_err()).await?;
+    let before = signs().await;
+    until("the draining edge gives a sign of life", async || {
+        let now = signs().await;
+        now.len() == 1 && now != before
+    })
+    .await?;
+    drop(stream);
+    stack.terminate_edge()?;
+    ensure!(signs().await.is_empty(), "it has signed off");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_snapshot_stops_an_edge_alone_and_no_control_plane() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    let tenant = stack.provision("damaged").await?;
+    TestApp { behaviour: "healthy", text: "found" }.release(&stack, &tenant).await?;
+    stack.terminate()?;
+    let snapshot = stack.data().join("edge/snapshot.sealed");
+    fs::write(&snapshot, "damaged")?;
+    let error = stack.serve_edge().expect_err("an edge alone has nothing else");
+    ensure!(error.to_string().contains("snapshot.sealed"), "{error}");
+    stack.kill_edge()?;
+    stack.serve(&Start::default())?;
+    until("the routes come from the database", async || {
+        stack.get(&tenant, "/").await.is_ok_and(|(status, body)| status == 200 && body == "found")
+    })
+    .await?;
+    until("the snapshot is written anew", async || fs::read(&snapshot).is_ok_and(|sealed| sealed != b"damaged")).await
 }

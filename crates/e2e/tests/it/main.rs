@@ -9,3 +9,4 @@ mod logs;
 mod neighbours;
 mod registry;
 mod spine;
+mod starts;

@@ -1,7 +1,7 @@
 //! From a checkout to a page over HTTPS, and back to nothing.
 
 use anyhow::{Context as _, ensure};
-use e2e::{Stack, TestApp, World, open_loop, until};
+use e2e::{Stack, Start, TestApp, World, open_loop, until};
 use reqwest::Method;
 use std::fs;
 use systemprompt_contract::paths;
@@ -29,7 +29,7 @@ async fn a_tenant_is_bought_deployed_changed_and_deleted() -> anyhow::Result<()>
 
     // A second start finds everything as it was, with the instances stopped or still running.
     stack.terminate()?;
-    stack.serve(&e2e::Start::default())?;
+    stack.serve(&Start::default())?;
     until("the tenant answers after a restart", async || {
         stack.get(&tenant, "/").await.is_ok_and(|(status, _)| status == 200)
     })
@@ -171,4 +171,27 @@ async fn slow_requests_live_through_a_change_of_release() -> anyhow::Result<()> 
         ensure!(failed.is_empty() && answers.len() > 2, "{failed:?} of {}", answers.len());
     }
     World::look(&stack).await?.check(&[tenant.id], &[tenant.id])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_wait_for_a_first_release_and_are_told_when_there_is_none() -> anyhow::Result<()> {
+    let arguments = &["--healthy-within", "13"];
+    let stack = Stack::start_with(&Start { arguments, ..Start::default() }).await?;
+    let tenant = stack.provision("first").await?;
+    let silent = TestApp { behaviour: "silent", text: "" }.push(&stack, &tenant).await?;
+    let operation = silent.submit(&stack, &tenant).await?;
+    // Asked before the deploy has begun it is the old answer, at once; afterwards it is held as long as it may be.
+    let mut held = std::time::Instant::now();
+    until("a request is held", async || {
+        held = std::time::Instant::now();
+        stack.get(&tenant, "/").await.is_ok_and(|(status, body)| status == 503 && body.contains("app_starting"))
+    })
+    .await?;
+    ensure!(held.elapsed().as_secs() >= 9, "answered after {:?}", held.elapsed());
+    let view = e2e::wait_over(&stack, &operation).await?;
+    ensure!(view["status"] == "failed", "{view}");
+    until("it waits for a deploy again", async || {
+        stack.get(&tenant, "/").await.is_ok_and(|(status, body)| status == 503 && body.contains("awaiting_deploy"))
+    })
+    .await
 }

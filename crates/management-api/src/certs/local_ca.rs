@@ -7,11 +7,11 @@
 //! |---|---|---|
 //! | `ca-key.pem` | 0600 | the CA's key and certificate: together in one file, since half a pair is worth nothing |
 //! | `ca.pem` | 0644 | the certificate, to be trusted; rewritten from the above |
-//! | `edge.pem` | 0600 | the edge's key and certificate, and the CA's that issued it |
+//! | `edge.sealed` | 0600 | the edge's key and certificate, as [`CertificateFile`] |
 //!
 //! Each is written in one step. A crash between two of them leaves what the next start completes.
 
-use super::{EdgeCertificate, LOCALHOST};
+use super::{CertificateFile, CertificateFileError, EdgeCertificate, LOCALHOST, patterns};
 use crate::seal::private_file::{self, PrivateFileError};
 use chrono::{DateTime, TimeDelta, Utc};
 use rcgen::{
@@ -20,12 +20,17 @@ use rcgen::{
 };
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use std::{
+    convert::Infallible,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     time::Duration,
 };
 use systemprompt_contract::{CertHost, Secret, Zone};
-use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer as _};
+use x509_parser::{
+    certificate::X509Certificate,
+    extensions::{GeneralName, ParsedExtension},
+    prelude::FromDer as _,
+};
 
 /// A local CA that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +41,8 @@ pub(crate) enum CaError {
         "{path} is damaged ({what}): put the right file back, or remove it to make a new CA, which everybody must trust anew"
     )]
     Damaged { path: PathBuf, what: &'static str },
+    #[error("the edge's certificate")]
+    Edge(#[from] CertificateFileError),
     #[error("a certificate could not be made")]
     Making(#[from] rcgen::Error),
 }
@@ -45,33 +52,37 @@ pub(crate) struct LocalCa {
     directory: PathBuf,
     zone: Zone,
     authority: Pair,
+    /// Names the authority's key on what it issued.
+    key_id: Vec<u8>,
+    edge: CertificateFile,
 }
 
 impl LocalCa {
-    /// Reads the CA in `directory`, or makes one for `zone`. A CA of another zone, or one that ends before a new
+    /// Reads the CA in `directory`, or makes one for `zone`; what it issues to the edge goes to `edge`. A CA of another zone, or one that ends before a new
     /// certificate would, is replaced and the log says that the new one must be trusted.
     ///
     /// # Errors
     /// When its key can be read by others or the file is damaged: it is never replaced then, since people trust it.
-    pub(crate) fn load_or_create(directory: &Path, zone: &Zone) -> Result<Self, CaError> {
-        Self::at(directory, zone, Utc::now())
+    pub(crate) fn load_or_create(directory: &Path, zone: &Zone, edge: CertificateFile) -> Result<Self, CaError> {
+        Self::at(directory, zone, edge, Utc::now())
     }
 
-    fn at(directory: &Path, zone: &Zone, now: DateTime<Utc>) -> Result<Self, CaError> {
+    fn at(directory: &Path, zone: &Zone, edge: CertificateFile, now: DateTime<Utc>) -> Result<Self, CaError> {
         private_file::create_directory(directory)?;
         let key_file = directory.join("ca-key.pem");
         let authority = match Pair::read(&key_file)? {
             Some(pair) if is_good_authority(&pair.facts(&key_file)?, zone, now) => pair,
             found => {
                 let pair = make_authority(zone, now)?;
-                private_file::write(&key_file, pair.file_content(None).expose().as_bytes())?;
+                private_file::write(&key_file, pair.file_content().expose().as_bytes())?;
                 if found.is_some() {
                     tracing::warn!(%zone, "the local CA was for another zone or ends soon; trust the new ca.pem");
                 }
                 pair
             }
         };
-        let ca = Self { directory: directory.to_owned(), zone: zone.clone(), authority };
+        let key_id = authority.facts(&key_file)?.key_id;
+        let ca = Self { directory: directory.to_owned(), zone: zone.clone(), authority, key_id, edge };
         private_file::write_public(&ca.ca_file(), ca.authority.certificates_pem.as_bytes())?;
         Ok(ca)
     }
@@ -90,26 +101,42 @@ impl LocalCa {
         self.certificates_at(Utc::now())
     }
 
-    fn certificates_at(&self, now: DateTime<Utc>) -> Result<Vec<EdgeCertificate>, CaError> {
-        let file = self.directory.join("edge.pem");
-        // Nobody trusts this certificate by itself, so a damaged or outdated file is simply made anew.
-        let usable = |pair: &Pair| {
-            let issued_here = pair.certificates_pem.ends_with(&self.authority.certificates_pem);
-            issued_here && pair.facts(&file).is_ok_and(|facts| is_good_leaf(&facts, &self.zone, now))
-        };
-        let pair = match Pair::read(&file) {
-            Ok(Some(pair)) if usable(&pair) => pair,
-            Err(CaError::File(error)) => return Err(error.into()),
-            _ => {
-                let leaf = self.issue(now)?;
-                let content = leaf.file_content(Some(&self.authority.certificates_pem));
-                private_file::write(&file, content.expose().as_bytes())?;
-                Pair { certificates_pem: leaf.certificates_pem + &self.authority.certificates_pem, ..leaf }
+    /// Looks every so often whether the certificate has to be renewed, and renews it.
+    pub(crate) async fn keep_renewed(&self, every: Duration, now: impl Fn() -> DateTime<Utc>) -> Infallible {
+        let mut looks = tokio::time::interval(every);
+        loop {
+            looks.tick().await;
+            if let Err(error) = self.certificates_at(now()) {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the edge's certificate could not be renewed; trying again later"
+                );
             }
-        };
+        }
+    }
+
+    fn certificates_at(&self, now: DateTime<Utc>) -> Result<Vec<EdgeCertificate>, CaError> {
+        match self.edge.read() {
+            Ok(Some(kept)) if self.is_good(&kept, now) => return Ok(kept),
+            Err(CertificateFileError::File(error)) => return Err(error.into()),
+            // Nobody trusts this certificate by itself, so a damaged or outdated file is simply made anew.
+            _ => {}
+        }
+        let leaf = self.issue(now)?;
         // The CA's own certificate stays at home: who trusts it has it.
-        let chain_pem = pair.certificates_pem.replace(&self.authority.certificates_pem, "");
-        Ok(vec![EdgeCertificate::new(&CertHost::Wildcard(self.zone.clone()), chain_pem, pair.key_pem)])
+        let host = CertHost::Wildcard(self.zone.clone());
+        let made = vec![EdgeCertificate::new(&host, leaf.certificates_pem, leaf.key_pem)];
+        self.edge.write(&made)?;
+        Ok(made)
+    }
+
+    fn is_good(&self, kept: &[EdgeCertificate], now: DateTime<Utc>) -> bool {
+        let [kept] = kept else { return false };
+        let pair = Pair { key_pem: kept.key_pem.clone(), certificates_pem: kept.chain_pem.clone() };
+        kept.hosts == patterns(&CertHost::Wildcard(self.zone.clone()))
+            && pair
+                .facts(self.edge.path())
+                .is_ok_and(|facts| facts.issuer_key_id == self.key_id && is_good_leaf(&facts, &self.zone, now))
     }
 
     fn issue(&self, now: DateTime<Utc>) -> Result<Pair, CaError> {
@@ -204,8 +231,8 @@ impl Pair {
         Ok(Some(Self { key_pem: Secret::new(key), certificates_pem: certificates.to_owned() }))
     }
 
-    fn file_content(&self, issuer_pem: Option<&str>) -> Secret {
-        Secret::new([self.key_pem.expose(), &self.certificates_pem, issuer_pem.unwrap_or_default()].concat())
+    fn file_content(&self) -> Secret {
+        Secret::new([self.key_pem.expose(), &self.certificates_pem].concat())
     }
 
     /// What the first certificate says.
@@ -228,6 +255,10 @@ struct Facts {
     ends: DateTime<Utc>,
     /// Subject alternative names, or the permitted names of a CA; sorted.
     names: Vec<String>,
+    /// Of its own key; certificates of a CA only.
+    key_id: Vec<u8>,
+    /// Of the key that issued it; no CA's certificate has it.
+    issuer_key_id: Vec<u8>,
 }
 
 impl Facts {
@@ -243,7 +274,17 @@ impl Facts {
             .map(|subtree| &subtree.base);
         let mut names: Vec<_> = served.chain(permitted).filter_map(dns_name).collect();
         names.sort_unstable();
-        Some(Self { ends, names })
+        let (mut key_id, mut issuer_key_id) = (Vec::new(), Vec::new());
+        for extension in certificate.extensions() {
+            match extension.parsed_extension() {
+                ParsedExtension::SubjectKeyIdentifier(id) => id.0.clone_into(&mut key_id),
+                ParsedExtension::AuthorityKeyIdentifier(issuer) => {
+                    issuer.key_identifier.as_ref()?.0.clone_into(&mut issuer_key_id);
+                }
+                _ => {}
+            }
+        }
+        Some(Self { ends, names, key_id, issuer_key_id })
     }
 
     fn has_names(&self, expected: impl IntoIterator<Item = String>) -> bool {

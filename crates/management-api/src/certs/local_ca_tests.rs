@@ -1,26 +1,37 @@
 use super::*;
+use crate::{certs, seal::Sealer};
 use rustls::{
     RootCertStore,
     client::{WebPkiServerVerifier, danger::ServerCertVerifier as _},
     pki_types::{ServerName, UnixTime},
 };
 use std::{fs, os::unix::fs::PermissionsExt as _, process::Command, sync::Arc};
-use systemprompt_edge::CertTable;
 
 struct Rig {
     directory: tempfile::TempDir,
     zone: Zone,
+    seal: Arc<Sealer>,
 }
 
 impl Rig {
     fn new() -> Self {
-        Self { directory: tempfile::tempdir().unwrap(), zone: "cloud.example.org".parse().unwrap() }
+        let zone = "cloud.example.org".parse().unwrap();
+        Self { directory: tempfile::tempdir().unwrap(), zone, seal: Arc::new(Sealer::ephemeral()) }
     }
     fn path(&self) -> PathBuf {
         self.directory.path().join("ca")
     }
     fn ca(&self) -> LocalCa {
-        LocalCa::load_or_create(&self.path(), &self.zone).unwrap()
+        self.load(&self.zone).unwrap()
+    }
+    fn load(&self, zone: &Zone) -> Result<LocalCa, CaError> {
+        LocalCa::load_or_create(&self.path(), zone, self.file())
+    }
+    fn file(&self) -> CertificateFile {
+        CertificateFile::new(self.path().join("edge.sealed"), self.seal.clone())
+    }
+    fn bytes(&self, file: &str) -> Vec<u8> {
+        fs::read(self.path().join(file)).unwrap()
     }
     fn content(&self, file: &str) -> String {
         fs::read_to_string(self.path().join(file)).unwrap()
@@ -136,11 +147,12 @@ fn the_constraint_is_critical_and_the_ca_makes_no_other_ca() {
 fn what_is_on_file_is_kept_and_private() {
     let rig = Rig::new();
     let first = chain_of(&rig.ca());
-    assert_eq!((rig.mode("ca-key.pem"), rig.mode("edge.pem"), rig.mode("ca.pem")), (0o600, 0o600, 0o644));
+    assert_eq!((rig.mode("ca-key.pem"), rig.mode("edge.sealed"), rig.mode("ca.pem")), (0o600, 0o600, 0o644));
     assert!(!rig.content("ca.pem").contains("PRIVATE KEY"));
-    let files = ["ca-key.pem", "ca.pem", "edge.pem"].map(|file| rig.content(file));
+    assert!(!rig.bytes("edge.sealed").windows(11).any(|bytes| bytes == b"PRIVATE KEY"), "the edge's key is sealed");
+    let files = ["ca-key.pem", "ca.pem", "edge.sealed"].map(|file| rig.bytes(file));
     assert_eq!(chain_of(&rig.ca()), first);
-    assert_eq!(["ca-key.pem", "ca.pem", "edge.pem"].map(|file| rig.content(file)), files);
+    assert_eq!(["ca-key.pem", "ca.pem", "edge.sealed"].map(|file| rig.bytes(file)), files);
     assert_eq!(fs::read_dir(rig.path()).unwrap().count(), 3, "no temporary file is left");
 }
 
@@ -149,7 +161,7 @@ fn a_crash_between_any_two_files_is_completed_under_the_same_ca() {
     let rig = Rig::new();
     drop(chain_of(&rig.ca()));
     let authority = rig.content("ca-key.pem");
-    for lost in [&["edge.pem"][..], &["ca.pem", "edge.pem"], &["ca.pem"]] {
+    for lost in [&["edge.sealed"][..], &["ca.pem", "edge.sealed"], &["ca.pem"]] {
         for file in lost {
             fs::remove_file(rig.path().join(file)).unwrap();
         }
@@ -165,8 +177,8 @@ fn a_crash_between_any_two_files_is_completed_under_the_same_ca() {
 fn a_damaged_edge_file_is_made_anew_and_a_damaged_ca_is_not() {
     let rig = Rig::new();
     drop(chain_of(&rig.ca()));
-    for content in ["", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "\u{0}"] {
-        private_file::write(&rig.path().join("edge.pem"), content.as_bytes()).unwrap();
+    for content in [vec![], rig.seal.seal("edge_certificates", b"[]"), rig.seal.seal("elsewhere", b"[]"), vec![0]] {
+        private_file::write(rig.file().path(), &content).unwrap();
         let ca = rig.ca();
         rig.openssl_verify(&chain_of(&ca), &["-verify_hostname", "localhost"]).unwrap();
     }
@@ -175,16 +187,13 @@ fn a_damaged_edge_file_is_made_anew_and_a_damaged_ca_is_not() {
     let certificate = &good[good.find(BEGIN_CERTIFICATE).unwrap()..];
     for content in ["", "nonsense", &good[..good.len() / 2], certificate, &format!("{other_key}{certificate}")] {
         private_file::write(&rig.path().join("ca-key.pem"), content.as_bytes()).unwrap();
-        let error = LocalCa::load_or_create(&rig.path(), &rig.zone).err().expect("refused");
+        let error = rig.load(&rig.zone).err().expect("refused");
         assert!(matches!(error, CaError::Damaged { .. }), "{error}");
         assert_eq!(rig.content("ca-key.pem"), content);
     }
     private_file::write(&rig.path().join("ca-key.pem"), good.as_bytes()).unwrap();
     fs::set_permissions(rig.path().join("ca-key.pem"), fs::Permissions::from_mode(0o640)).unwrap();
-    assert!(matches!(
-        LocalCa::load_or_create(&rig.path(), &rig.zone),
-        Err(CaError::File(PrivateFileError::Exposed { mode: 0o640, .. }))
-    ));
+    assert!(matches!(rig.load(&rig.zone), Err(CaError::File(PrivateFileError::Exposed { mode: 0o640, .. }))));
 }
 
 #[test]
@@ -199,18 +208,37 @@ fn the_edges_certificate_is_renewed_when_a_third_of_its_time_is_left() {
     assert_eq!(after(61 + 59), renewed, "and kept on file");
 }
 
+#[tokio::test]
+async fn an_edge_serves_a_renewed_certificate_without_a_restart() {
+    let rig = Rig::new();
+    let ca = rig.ca();
+    let first = ca.certificates().unwrap();
+    let served = tokio::sync::watch::Sender::new(Arc::new(certs::table(&first).unwrap()));
+    let mut seen = served.subscribe();
+    let often = Duration::from_millis(5);
+    let now = || Utc::now() + TimeDelta::days(61);
+    let file = rig.file();
+    let renewal = async { tokio::time::timeout(Duration::from_secs(10), seen.changed()).await.unwrap().unwrap() };
+    tokio::select! {
+        () = renewal => {}
+        never = ca.keep_renewed(often, now) => match never {},
+        never = file.follow(first.clone(), &served, often) => match never {},
+    }
+    assert_ne!(rig.file().read().unwrap().unwrap(), first);
+}
+
 #[test]
 fn another_zone_or_an_ending_ca_gets_a_new_one() {
     let rig = Rig::new();
     drop(chain_of(&rig.ca()));
     let first = rig.content("ca.pem");
     let later = Utc::now() + TimeDelta::days(AUTHORITY_DAYS - LEAF_DAYS + 1);
-    drop(LocalCa::at(&rig.path(), &rig.zone, later).unwrap());
+    drop(LocalCa::at(&rig.path(), &rig.zone, rig.file(), later).unwrap());
     let second = rig.content("ca.pem");
     assert_ne!(first, second);
 
     let other: Zone = "other.example.org".parse().unwrap();
-    let ca = LocalCa::load_or_create(&rig.path(), &other).unwrap();
+    let ca = rig.load(&other).unwrap();
     assert_ne!(rig.content("ca.pem"), second);
     rig.openssl_verify(&chain_of(&ca), &["-verify_hostname", "api.other.example.org"]).unwrap();
 }
@@ -219,7 +247,7 @@ fn another_zone_or_an_ending_ca_gets_a_new_one() {
 fn the_edge_takes_it() {
     let rig = Rig::new();
     let certificates = rig.ca().certificates().unwrap();
-    CertTable::new(certificates.iter().map(EdgeCertificate::for_edge).collect()).unwrap();
+    certs::table(&certificates).unwrap();
     let stored = serde_json::to_string(&certificates).unwrap();
     assert_eq!(serde_json::from_str::<Vec<EdgeCertificate>>(&stored).unwrap(), certificates);
     assert!(!format!("{certificates:?}").contains("PRIVATE KEY"));

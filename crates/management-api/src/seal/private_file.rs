@@ -88,6 +88,17 @@ pub(crate) fn remove(path: &Path) -> Result<(), PrivateFileError> {
     }
 }
 
+/// Removes what a process that was killed while it wrote left in `directory`, whose only writer is the caller.
+pub(crate) fn remove_temporary(directory: &Path) -> Result<(), PrivateFileError> {
+    let entries = fs::read_dir(directory).map_err(PrivateFileError::io("list", directory))?;
+    for entry in entries.flatten() {
+        if entry.file_name().as_encoded_bytes().starts_with(TEMPORARY.as_bytes()) {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn write_with_mode(path: &Path, content: &[u8], mode: u32) -> Result<(), PrivateFileError> {
     let temporary = staged(path, content, mode)?;
     temporary.persist(path).map_err(|error| PrivateFileError::io("replace", path)(error.error))?;
@@ -97,7 +108,10 @@ fn write_with_mode(path: &Path, content: &[u8], mode: u32) -> Result<(), Private
 /// A synced temporary file beside `path`, so that the rename stays within one file system. Missing directories are made.
 fn staged(path: &Path, content: &[u8], mode: u32) -> Result<NamedTempFile, PrivateFileError> {
     create_directory(directory_of(path))?;
-    let mut file = NamedTempFile::new_in(directory_of(path)).map_err(PrivateFileError::io("write beside", path))?;
+    let mut file = tempfile::Builder::new()
+        .prefix(TEMPORARY)
+        .tempfile_in(directory_of(path))
+        .map_err(PrivateFileError::io("write beside", path))?;
     file.write_all(content).map_err(PrivateFileError::io("write", path))?;
     file.as_file()
         .set_permissions(Permissions::from_mode(mode))
@@ -117,6 +131,9 @@ fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// How the name of a file that is being written begins.
+const TEMPORARY: &str = ".tmp";
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,6 +150,10 @@ mod tests {
         write(&path, b"three").unwrap();
         assert_eq!(read(&path).unwrap().unwrap().as_slice(), b"three");
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "no temporary file is left");
+
+        drop(staged(&path, b"killed while it wrote", 0o600).unwrap().keep().unwrap());
+        remove_temporary(directory.path()).unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "what a killed writer left is removed");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! | step | does | undo |
 //! |---|---|---|
-//! | verify | the image is complete and has a command | the last `deployment` frame; phase back |
+//! | verify | the image is complete and has a command; with nothing live, requests wait from here on | the last `deployment` frame; phase and route back |
 //! | launch | an instance of exactly that digest, beside the old one | its last lines kept, stopped, removed |
 //! | probe | two healthy answers in a row | none: it only asks |
 //! | switch | route and release, one transaction: the point of no return | none: the release is live |
@@ -21,13 +21,14 @@ use super::{
 use crate::app::Infrastructure;
 use futures_util::StreamExt as _;
 use serde::{Deserialize, Serialize};
+use sqlx::PgTransaction;
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 use systemprompt_compute::{DriverError, InstanceHandle, InstanceSpec, InstanceState, LogStart};
 use systemprompt_contract::{
     ApiError, DeploymentEvent, DeploymentId, DeploymentState, DeploymentStep, ErrorCode, Event, Secret, Subject,
     TenantId, paths,
 };
-use systemprompt_edge::{Route, Upstream, probe};
+use systemprompt_edge::{Route, Upstream, Why, probe};
 use systemprompt_registry::ImageError;
 use systemprompt_workflow::{Completion, Step, StepContext, StepError, Workflow};
 use tokio::time::Instant;
@@ -82,7 +83,12 @@ async fn verify(cx: Cx, state: Progress) -> Outcome {
     let deployment = deployment(&cx).await?;
     cx.app.registry.image(cx.input.tenant, &deployment.digest).await.map_err(image_error)?;
     let message = format!("The image is complete: {}", deployment.digest);
-    Ok(told(&cx, Completion::new(state), DeploymentStep::VerifyImage, message))
+    let mut tx = cx.db.begin().await?;
+    let tenant = lock(&cx, &mut tx).await?;
+    if store::live_deployment(cx.db.pool(), tenant.id).await?.is_none() {
+        publish_unavailable(&cx, &mut tx, Why::Starting).await?;
+    }
+    Ok(told(&cx, Completion::in_tx(state, tx), DeploymentStep::VerifyImage, message))
 }
 
 /// Says the end of a deploy that did not make it and gives the tenant back to what serves.
@@ -93,7 +99,8 @@ async fn undo_verify(cx: Cx, state: Progress) -> Outcome {
     let live = store::live_deployment(cx.db.pool(), cx.input.tenant).await?;
     let event = TenantEvent::DeployFailed { release_is_live: live.is_some() };
     match store::advance(&mut tx, cx.input.tenant, event, Moved::default()).await {
-        // Deleted meanwhile: the phase is the deletion's.
+        Ok(_) if live.is_none() => publish_unavailable(&cx, &mut tx, Why::AwaitingDeploy).await?,
+        // Deleted meanwhile: phase and route are the deletion's.
         Ok(_) | Err(store::MoveError::Illegal(_) | store::MoveError::Gone) => {}
         Err(store::MoveError::Database(error)) => return Err(error.into()),
     }
@@ -187,10 +194,7 @@ async fn switch(cx: Cx, mut state: Progress) -> Outcome {
     let old = store::live_deployment(cx.db.pool(), cx.input.tenant).await?;
     let slug = cx.input.tenant.slug();
     let mut tx = cx.db.begin().await?;
-    let tenant = store::lock(&mut tx, cx.input.tenant).await?.ok_or_else(gone)?;
-    if tenant.active_operation != Some(cx.operation) {
-        return Err(StepError::Permanent(ApiError::new(ErrorCode::Cancelled, "the tenant was deleted meanwhile")));
-    }
+    let tenant = lock(&cx, &mut tx).await?;
     let route = Route::Tenant { slug: slug.clone(), upstream: Upstream::Tcp(address) };
     let generation = routes::publish(&mut tx, tenant.id, &slug.hostname(&cx.app.site.zone), Some(&route)).await?;
     store::make_live(&mut tx, tenant.id, cx.input.deployment).await?;
@@ -290,6 +294,18 @@ async fn environment(
 pub(crate) async fn last_lines(infrastructure: &Infrastructure, instance: &InstanceHandle) -> Vec<String> {
     let lines = infrastructure.driver.logs(instance, LogStart::Tail(LAST_LINES), false);
     lines.filter_map(|entry| async { entry.ok().map(|entry| entry.text) }).collect().await
+}
+
+/// The tenant's row, locked, as long as it is this deploy's: a deletion takes it over and its route with it.
+async fn lock(cx: &Cx, tx: &mut PgTransaction<'_>) -> Result<store::Tenant, StepError> {
+    let tenant = store::lock(tx, cx.input.tenant).await?;
+    tenant.filter(|tenant| tenant.active_operation == Some(cx.operation)).ok_or_else(gone)
+}
+
+async fn publish_unavailable(cx: &Cx, tx: &mut PgTransaction<'_>, why: Why) -> Result<(), sqlx::Error> {
+    let slug = cx.input.tenant.slug();
+    let host = slug.hostname(&cx.app.site.zone);
+    routes::publish(tx, cx.input.tenant, &host, Some(&Route::Unavailable { slug, why })).await.map(drop)
 }
 
 async fn deployment(cx: &Cx) -> Result<store::Deployment, StepError> {

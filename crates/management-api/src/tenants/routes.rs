@@ -73,7 +73,7 @@ pub(crate) async fn changed_since(pool: &sqlx::PgPool, generation: i64) -> Resul
         .collect())
 }
 
-/// Whether every edge that is alive serves `generation`.
+/// Whether every edge that may still take requests serves `generation`.
 ///
 /// # Errors
 /// Those of the database.
@@ -83,11 +83,12 @@ pub(crate) async fn served_everywhere(pool: &sqlx::PgPool, generation: i64) -> R
              SELECT 1 FROM edges WHERE generation < $1 AND seen_at > now() - make_interval(secs => $2)
            ) AS "served!""#,
         generation,
-        EDGE_ALIVE_SECONDS,
+        EDGE_GONE_SECONDS,
     )
     .fetch_one(pool)
     .await
 }
 
-/// An edge that was not seen for so long no longer holds up a deploy.
-pub(crate) const EDGE_ALIVE_SECONDS: f64 = 10.0;
+/// An edge that neither signed off nor gave a sign of life for so long is taken for dead and holds up no deploy. Twenty
+/// times what lies between two signs: an edge that is slow, or is restarted, keeps its say.
+pub(crate) const EDGE_GONE_SECONDS: f64 = 60.0;
