@@ -8,3 +8,4 @@ mod faults;
 mod neighbours;
 mod registry;
 mod spine;
+mod up;
