@@ -3,7 +3,7 @@
 use crate::{
     app::Site,
     certs::CertificateFile,
-    config::{AccountArguments, Arguments, Command, DataArguments, EdgeArguments},
+    config::{AccountArguments, Arguments, Command, DataArguments, EdgeArguments, Layout},
     edge_role::{EdgeDirectory, EdgePlan},
     http,
     identity::{self, NewAccount, Role},
@@ -36,6 +36,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
             Command::Edge(arguments) => edge_alone(arguments).await,
             Command::Stop(arguments) => stop_leftovers(&arguments).await,
             Command::CreateAccount(arguments) => create_account(&arguments).await,
+            Command::Token(arguments) => print_token(&arguments).await,
             Command::Endpoints => print_endpoints(),
         }
     });
@@ -134,6 +135,24 @@ async fn create_account(arguments: &AccountArguments) -> anyhow::Result<()> {
     let control = start_cluster(&layout, "control", Access::ControlPlane).await?;
     let db = open_control_database(&control).await?;
     let signed_in = identity::create_signed_in(&db, new).await?;
+    println!("{}", serde_json::to_string(&signed_in)?);
+    Ok(())
+}
+
+/// The way back in when every token has ended, was revoked or never arrived.
+#[allow(clippy::print_stdout, reason = "stdout is data")]
+async fn print_token(arguments: &DataArguments) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        Layout::new(&arguments.data).cluster("control").exists(),
+        "there is no installation in {}; `management-api serve` makes one, or give its directory with --data",
+        arguments.data.display()
+    );
+    let layout = open_data(&arguments.data)?;
+    let control = start_cluster(&layout, "control", Access::ControlPlane).await?;
+    let db = open_control_database(&control).await?;
+    let signed_in = identity::sign_in_operator(&db).await?;
+    let signed_in =
+        signed_in.context("there is no operator yet: make one with `management-api create-account --operator`")?;
     println!("{}", serde_json::to_string(&signed_in)?);
     Ok(())
 }

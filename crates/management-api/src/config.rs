@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Stop(DataArguments),
     /// Make an account: the password on standard input, a first token as JSON on standard output.
     CreateAccount(AccountArguments),
+    /// A new token of the installation's first operator, as JSON on standard output, for whoever may read its data.
+    Token(DataArguments),
     /// Print every endpoint with who may call it, as JSON.
     #[command(hide = true)]
     Endpoints,

@@ -9,6 +9,7 @@ use crate::{
 use anyhow::Context as _;
 use std::{
     fs::{File, Permissions},
+    io::{Read, Write as _},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
@@ -31,15 +32,10 @@ const MAX_UNPACKED_BYTES: u64 = 8 * 1024 * 1024 * 1024;
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
 
-/// Makes the data directory where it is missing; users of servers and instances must be able to pass it, whatever our
-/// umask.
+/// The data directory, made where it is missing.
 pub(crate) fn open_data(data: &Path) -> anyhow::Result<Layout> {
-    let missing: Vec<_> = data.ancestors().take_while(|path| !path.as_os_str().is_empty() && !path.exists()).collect();
-    for directory in missing.into_iter().rev() {
-        std::fs::create_dir(directory)
-            .and_then(|()| std::fs::set_permissions(directory, Permissions::from_mode(0o711)))
-            .with_context(|| format!("making the data directory {}", directory.display()))?;
-    }
+    let data = &std::path::absolute(data).context("--data is not a path")?;
+    make_passable(data).with_context(|| format!("making the data directory {}", data.display()))?;
     find_data(data)
 }
 
@@ -59,18 +55,48 @@ fn find_data(data: &Path) -> anyhow::Result<Layout> {
     Ok(Layout::new(&data))
 }
 
+/// Makes what is missing of a directory. Clusters and instances run as other users and have to get through, whatever
+/// our umask is.
+fn make_passable(directory: &Path) -> std::io::Result<()> {
+    for directory in directory.ancestors().take_while(|path| !path.exists()).collect::<Vec<_>>().into_iter().rev() {
+        std::fs::create_dir(directory)?;
+        std::fs::set_permissions(directory, Permissions::from_mode(0o711))?;
+    }
+    Ok(())
+}
+
 /// One control plane a data directory.
 pub(crate) fn lock_data(layout: &Layout) -> anyhow::Result<File> {
     let path = layout.lock();
-    let file = File::create(&path).with_context(|| format!("opening {}", path.display()))?;
-    file.try_lock().map_err(|error| match error {
-        std::fs::TryLockError::WouldBlock => anyhow::anyhow!(
-            "the data directory {} is in use by another management-api; stop that one, or give another directory with --data",
-            layout.root().display()
-        ),
-        std::fs::TryLockError::Error(error) => anyhow::Error::new(error).context(format!("locking {}", path.display())),
-    })?;
+    // Not truncated: it may hold the id of who has it.
+    let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
+    let mut file = file.with_context(|| format!("opening {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(std::fs::TryLockError::WouldBlock) => anyhow::bail!("{}", in_use(layout.root(), &mut file)),
+        Err(std::fs::TryLockError::Error(error)) => {
+            return Err(error).with_context(|| format!("locking {}", path.display()));
+        }
+    }
+    file.set_len(0)
+        .and_then(|()| writeln!(file, "{}", std::process::id()))
+        .with_context(|| format!("writing {}", path.display()))?;
     Ok(file)
+}
+
+fn in_use(data: &Path, lock: &mut impl Read) -> String {
+    let mut holder = String::new();
+    // Unreadable or not written yet: then it cannot be named.
+    let read = lock.read_to_string(&mut holder).map(|_| holder.trim().parse::<u32>());
+    let (who, how) = match read {
+        Ok(Ok(process)) => (format!(" (process {process})"), format!(" with `kill {process}`")),
+        _ => (String::new(), String::new()),
+    };
+    format!(
+        "the data directory {} is in use by another management-api{who}; stop that one{how}, \
+         or give another directory with --data",
+        data.display()
+    )
 }
 
 /// The two private clusters.

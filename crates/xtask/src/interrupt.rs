@@ -2,20 +2,24 @@
 //!
 //! Without this an interrupted task would die before it could put the machine back as it was.
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
     iterator::Signals,
 };
 use std::{
     fmt,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     process::Child,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 /// The error of a task that a person stopped; the process exits with 130.
@@ -31,7 +35,7 @@ impl fmt::Display for Interrupted {
 impl std::error::Error for Interrupted {}
 
 /// The process's signals. Cheap to clone; all clones are one.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(crate) struct Interrupts(Arc<State>);
 
 #[derive(Default)]
@@ -54,6 +58,21 @@ impl Interrupts {
     /// Fails once a signal has come, so that no further step begins.
     pub(crate) fn check(&self) -> Result<(), Interrupted> {
         if self.0.interrupted.load(Ordering::SeqCst) { Err(Interrupted) } else { Ok(()) }
+    }
+
+    /// Waits until `file` can be read or is at its end, and a process behind a handle has ended: `false` when that takes
+    /// longer than `within`.
+    pub(crate) fn wait_readable(&self, file: impl AsFd, within: Option<Duration>) -> Result<bool, Interrupted> {
+        let begin = Instant::now();
+        let step = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+        // A signal that ends the poll is no answer yet.
+        while poll(&mut [PollFd::new(&file, PollFlags::IN)], Some(&step)).unwrap_or(0) == 0 {
+            self.check()?;
+            if within.is_some_and(|within| begin.elapsed() > within) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Calls `listener` at every signal from now on.
@@ -111,7 +130,7 @@ mod tests {
 
     #[test]
     fn an_interrupt_is_remembered_and_passed_on_to_the_child_of_the_moment() {
-        let interrupts = Interrupts(Arc::default());
+        let interrupts = Interrupts::default();
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let foreground = interrupts.foreground(&child).unwrap();
         assert!(interrupts.check().is_ok());
@@ -123,7 +142,7 @@ mod tests {
 
     #[test]
     fn every_listener_is_told() {
-        let interrupts = Interrupts(Arc::default());
+        let interrupts = Interrupts::default();
         let (sender, told) = std::sync::mpsc::channel();
         for name in ["a", "b"] {
             let sender = sender.clone();

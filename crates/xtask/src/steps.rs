@@ -2,12 +2,13 @@
 //! repeats it.
 
 use crate::{packages, shell::Shell, sqlx, tidy};
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use std::{process::Command, time::Instant};
 
 /// Formatting, lints, tidy, unit tests.
 pub(crate) fn check(shell: &Shell) -> Result<()> {
     let started = Instant::now();
+    step("packages", "cargo xtask check", || packages::ensure(shell, &[packages::TO_RUN]))?;
     formatting(shell)?;
     lints(shell)?;
     rules(shell)?;
@@ -24,6 +25,7 @@ pub(crate) fn check(shell: &Shell) -> Result<()> {
 /// Everything, on real parts. Installs what is missing first.
 pub(crate) fn test(shell: &Shell) -> Result<()> {
     let started = Instant::now();
+    step("privileges", "cargo xtask test", || privileged(rustix::process::geteuid().is_root()))?;
     step("packages", "cargo xtask test", || packages::ensure(shell, &[packages::TO_RUN, packages::TO_TEST]))?;
     formatting(shell)?;
     rules(shell)?;
@@ -38,6 +40,16 @@ pub(crate) fn test(shell: &Shell) -> Result<()> {
     step_cargo(shell, "build", &["build", "--workspace", "--bins"])?;
     tests(shell)?;
     closing("test", started);
+    Ok(())
+}
+
+/// Said at once, and not by a hundred tests an hour later.
+fn privileged(root: bool) -> Result<()> {
+    ensure!(
+        root,
+        "the tests of sandboxes, networks and whole stacks need root: `sudo -E env \"PATH=$PATH\" cargo xtask test`; \
+         as an ordinary user, `cargo xtask check` runs all that needs no more"
+    );
     Ok(())
 }
 
@@ -62,7 +74,12 @@ fn tests(shell: &Shell) -> Result<()> {
         // Last, so that its summary is the last a test runner says.
         step_cargo(shell, "tests", &["nextest", "run", "--workspace", "--no-fail-fast"])
     } else {
-        step_cargo(shell, "tests", &["test", "--workspace", "--no-fail-fast"])
+        let tests = step_cargo(shell, "tests", &["test", "--workspace", "--exclude", "e2e", "--no-fail-fast"]);
+        // One after the other, as `.config/nextest.toml` says: stacks at once wait for each other, and a browser gives
+        // up what it loads when another test's network comes or goes.
+        let whole = ["test", "-p", "e2e", "--no-fail-fast", "--", "--test-threads=1"];
+        let whole = step_cargo(shell, "whole-stack tests", &whole);
+        tests.and(whole)
     }
 }
 
@@ -111,6 +128,12 @@ fn closing(task: &str, started: Instant) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_may_not_run_all_tests_is_told_what_to_type() {
+        assert!(privileged(true).is_ok());
+        assert!(privileged(false).unwrap_err().to_string().contains("sudo -E"));
+    }
 
     #[test]
     fn a_failing_step_names_itself_and_how_to_repeat_it() {

@@ -7,9 +7,10 @@
 #![allow(clippy::print_stdout, reason = "standard output is its result")]
 
 use anyhow::{Context as _, bail, ensure};
+use e2e::LoadClients;
 use std::{
     io::Read as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
 use systemprompt_cloud::{HttpOptions, http_client};
@@ -28,7 +29,7 @@ fn main() -> anyhow::Result<()> {
         ["open-loop", url, ca_file, per_second] => {
             let per_second = per_second.parse().context("PER_SECOND is a number")?;
             ensure!(per_second > 0, "PER_SECOND is at least 1");
-            runtime.block_on(open_loop(client(ca_file)?, url, per_second))
+            runtime.block_on(open_loop(LoadClients::new(Path::new(ca_file), url)?, url, per_second))
         }
         ["watch", url, ca_file] => runtime.block_on(watch(&client(ca_file)?, url)),
         _ => bail!("expected `open-loop URL CA_FILE PER_SECOND` or `watch URL CA_FILE`"),
@@ -39,7 +40,7 @@ fn client(ca_file: &str) -> anyhow::Result<reqwest::Client> {
     Ok(http_client(&HttpOptions { ca_file: Some(PathBuf::from(ca_file)) })?)
 }
 
-async fn open_loop(client: reqwest::Client, url: &str, per_second: u32) -> anyhow::Result<()> {
+async fn open_loop(clients: LoadClients, url: &str, per_second: u32) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let ended = stop.clone();
     std::thread::spawn(move || {
@@ -47,7 +48,7 @@ async fn open_loop(client: reqwest::Client, url: &str, per_second: u32) -> anyho
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
         ended.cancel();
     });
-    let report = e2e::open_loop(client, url.to_owned(), per_second, stop).await;
+    let report = e2e::open_loop(clients, url.to_owned(), per_second, stop).await;
     println!("{}", serde_json::to_string(&report)?);
     Ok(())
 }

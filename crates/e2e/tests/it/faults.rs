@@ -204,6 +204,8 @@ async fn a_second_control_plane_is_refused_by_directory_and_by_port() -> anyhow:
     let mut stack = Stack::start().await?;
     let error = stack.serve_twice(&stack.data())?;
     ensure!(error.contains("in use by another management-api") && error.contains("--data"), "{error}");
+    let holder = fs::read_to_string(stack.data().join("lock"))?;
+    ensure!(error.contains(&format!("`kill {}`", holder.trim())), "{holder}: {error}");
     let elsewhere = tempfile::tempdir()?;
     let error = stack.serve_twice(elsewhere.path())?;
     ensure!(error.contains(&stack.https_port().to_string()) && error.contains("--https"), "{error}");
@@ -211,20 +213,43 @@ async fn a_second_control_plane_is_refused_by_directory_and_by_port() -> anyhow:
 }
 
 #[test]
+fn a_taken_port_of_the_api_in_clear_is_said_with_its_option() -> anyhow::Result<()> {
+    let stack = Stack::prepare()?;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = taken.local_addr()?.to_string();
+    let output = Command::new(e2e::program("management-api")?)
+        .args(["serve", "--https", "127.0.0.1:0", "--http", "off", "--http-api", &address, "--data"])
+        .arg(stack.data())
+        .output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && error.contains(&address) && error.contains("--http-api"), "{error}");
+    ensure!(!stack.data().join("postgres").exists(), "said before anything was made");
+    Ok(())
+}
+
+#[test]
 fn a_missing_or_old_postgresql_is_said_with_what_to_type() -> anyhow::Result<()> {
     let stack = Stack::prepare()?;
     let data = stack.data();
     fs::create_dir_all(&data)?;
-    // A mount namespace of its own, in which no PostgreSQL is installed.
     let program = e2e::program("management-api")?;
-    let script = format!(
-        "mount -t tmpfs none /usr/lib/postgresql && PATH=/nowhere exec {} serve --data {} --https 127.0.0.1:0 --http off",
-        program.display(),
-        data.display()
-    );
-    let output = Command::new("unshare").args(["--mount", "--propagation", "private", "sh", "-c", &script]).output()?;
-    let error = String::from_utf8_lossy(&output.stderr);
-    ensure!(!output.status.success() && error.contains("PostgreSQL") && error.contains("apt-get install"), "{error}");
+    let old = "mkdir -p /usr/lib/postgresql/14/bin && cd /usr/lib/postgresql/14/bin && \
+               printf '#!/bin/sh\\necho \"postgres (PostgreSQL) 14.9\"\\n' >postgres && cp postgres initdb && \
+               chmod 755 postgres initdb";
+    for (installed, wanted) in [("true", "apt-get install"), (old, "PostgreSQL 14")] {
+        // A mount namespace of its own, in which nothing else is installed.
+        let script = format!(
+            "mount -t tmpfs none /usr/lib/postgresql && {installed} && \
+             PATH=/nowhere exec {} serve --data {} --https 127.0.0.1:0 --http off",
+            program.display(),
+            data.display()
+        );
+        let output =
+            Command::new("unshare").args(["--mount", "--propagation", "private", "sh", "-c", &script]).output()?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && error.contains("PostgreSQL") && error.contains(wanted), "{error}");
+        ensure!(error.contains("15"), "what is needed: {error}");
+    }
     Ok(())
 }
 

@@ -10,3 +10,4 @@ mod neighbours;
 mod registry;
 mod spine;
 mod starts;
+mod up;

@@ -1,7 +1,7 @@
 //! From a checkout to a page over HTTPS, and back to nothing.
 
 use anyhow::{Context as _, ensure};
-use e2e::{Stack, Start, TestApp, World, open_loop, until};
+use e2e::{LoadClients, Stack, Start, TestApp, World, open_loop, until};
 use reqwest::Method;
 use std::fs;
 use systemprompt_contract::paths;
@@ -131,7 +131,8 @@ async fn no_request_fails_while_releases_change() -> anyhow::Result<()> {
     let tenant = stack.provision("busy").await?;
     stack.deploy(&tenant).await?;
     let stop = CancellationToken::new();
-    let load = tokio::spawn(open_loop(stack.client().clone(), format!("{}/", tenant.url), 200, stop.clone()));
+    let (url, clients) = (format!("{}/", tenant.url), LoadClients::new(&stack.ca_file(), &tenant.url)?);
+    let load = tokio::spawn(open_loop(clients, url, 200, stop.clone()));
     for release in 0..3 {
         fs::write(tenant.project.join("web/dist/release.txt"), format!("release {release}"))?;
         stack.deploy(&tenant).await?;

@@ -106,6 +106,17 @@ pub(crate) async fn account_by_id(pool: &PgPool, id: AccountId) -> Result<Option
     Ok(row.map(|row| Account { id, email: row.email, name: row.name, role: row.role }))
 }
 
+/// Who has run the installation for longest.
+pub(super) async fn first_operator(pool: &PgPool) -> Result<Option<Account>, sqlx::Error> {
+    let id = sqlx::query_scalar!("SELECT id FROM accounts WHERE role = 'operator' ORDER BY created_at, id LIMIT 1")
+        .fetch_optional(pool)
+        .await?;
+    match id {
+        Some(id) => account_by_id(pool, AccountId::from_uuid(id)).await,
+        None => Ok(None),
+    }
+}
+
 /// The account id and password hash of an address, for signing in.
 pub(super) async fn credentials(pool: &PgPool, email: &Email) -> Result<Option<(AccountId, String)>, sqlx::Error> {
     let row = sqlx::query!("SELECT id, password_hash FROM accounts WHERE email = $1", email.as_str())

@@ -100,6 +100,17 @@ pub(crate) async fn create_signed_in(db: &Db, new: NewAccount) -> Result<SignedI
     Ok(tokens::sign_in(db.pool(), account, "created by the operator").await?)
 }
 
+/// A token for the installation's first operator, whom only his own command asks for; none without an operator.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn sign_in_operator(db: &Db) -> Result<Option<SignedIn>, sqlx::Error> {
+    match accounts::first_operator(db.pool()).await? {
+        Some(account) => tokens::sign_in(db.pool(), account, "made on the installation's machine").await.map(Some),
+        None => Ok(None),
+    }
+}
+
 /// The token of `Authorization: Bearer …` (RFC 6750, 2.1); only one such header counts.
 fn bearer(headers: &HeaderMap) -> Option<&str> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();

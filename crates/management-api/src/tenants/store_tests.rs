@@ -77,3 +77,11 @@ async fn a_phase_moves_only_as_the_machine_allows() {
     let gone = advance(&mut tx, TenantId::new(), TenantEvent::Ready, Moved::default()).await;
     assert!(matches!(gone, Err(MoveError::Gone)), "{gone:?}");
 }
+
+#[tokio::test]
+async fn the_database_derives_the_slug_that_the_contract_derives() {
+    let database = TestDatabase::start().await;
+    let id = tenant_row(&database).await;
+    let slug: String = sqlx::query_scalar("SELECT slug FROM tenants").fetch_one(database.db.pool()).await.unwrap();
+    assert_eq!(slug, id.slug().as_str());
+}

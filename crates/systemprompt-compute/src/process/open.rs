@@ -35,7 +35,8 @@ pub enum OpenError {
     /// bubblewrap is there and cannot make a sandbox.
     #[error(
         "bubblewrap cannot make a sandbox on this host: {said}; unprivileged user namespaces must be allowed \
-             (`sysctl kernel.unprivileged_userns_clone=1`, `sysctl user.max_user_namespaces=10000`)"
+             (`sysctl kernel.unprivileged_userns_clone=1`, `sysctl user.max_user_namespaces=10000`, on Ubuntu 24.04 \
+             `sysctl kernel.apparmor_restrict_unprivileged_userns=0`)"
     )]
     NoSandbox {
         /// What bubblewrap said.

@@ -1,6 +1,9 @@
 //! One figure: how it is called, what was measured, and whether that is good enough.
 
-use std::fmt;
+use std::{
+    fmt,
+    io::{self, Write},
+};
 
 /// What a figure must not exceed.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -12,13 +15,13 @@ pub(super) struct Goal {
 
 /// A figure after its measurement; unmeasured is short.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Row {
+struct Row {
     goal: Goal,
     value: Option<f64>,
 }
 
 impl Row {
-    pub(super) fn new(goal: Goal, value: Option<f64>) -> Self {
+    fn new(goal: Goal, value: Option<f64>) -> Self {
         Self { goal, value }
     }
 }
@@ -34,6 +37,28 @@ impl fmt::Display for Row {
         }
         let verdict = if self.value.is_some_and(|value| value <= at_most) { "ok" } else { "short" };
         write!(f, " unit={unit} goal={at_most} verdict={verdict}")
+    }
+}
+
+/// Prints each row once: as soon as it is measured, or at the end as unmeasured.
+pub(super) struct Report<W: Write> {
+    output: W,
+    missing: Vec<Goal>,
+}
+
+impl<W: Write> Report<W> {
+    pub(super) fn new(goals: &[Goal], output: W) -> Self {
+        Self { output, missing: goals.to_vec() }
+    }
+
+    pub(super) fn measured(&mut self, goal: Goal, value: f64) -> io::Result<()> {
+        self.missing.retain(|missing| *missing != goal);
+        writeln!(self.output, "{}", Row::new(goal, Some(value)))
+    }
+
+    /// Whatever became of the measuring.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        self.missing.iter().try_for_each(|goal| writeln!(self.output, "{}", Row::new(*goal, None)))
     }
 }
 
@@ -74,6 +99,18 @@ mod tests {
         assert_eq!(line(Some(500.0)), "figure=phase1_ms value=500 unit=ms goal=500 verdict=ok");
         assert_eq!(line(Some(500.1)), "figure=phase1_ms value=500.10 unit=ms goal=500 verdict=short");
         assert_eq!(line(None), "figure=phase1_ms value=unmeasured unit=ms goal=500 verdict=short");
+    }
+
+    #[test]
+    fn every_figure_has_exactly_one_row_wherever_the_measuring_ends() {
+        let other = Goal { figure: "route_ms", unit: "ms", at_most: 50.0 };
+        let mut printed = Vec::new();
+        let mut report = Report::new(&[GOAL, other], &mut printed);
+        report.measured(other, 1.0).unwrap();
+        report.finish().unwrap();
+        let expected = "figure=route_ms value=1 unit=ms goal=50 verdict=ok\n\
+                        figure=phase1_ms value=unmeasured unit=ms goal=500 verdict=short\n";
+        assert_eq!(String::from_utf8(printed).unwrap(), expected);
     }
 
     #[test]

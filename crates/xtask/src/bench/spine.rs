@@ -4,7 +4,7 @@ use super::{
     control::{ControlDatabase, pss_mib},
     load::Load,
     nginx,
-    row::{Goal, Row, median, percentile},
+    row::{Goal, Report, median, percentile},
 };
 use crate::{
     packages,
@@ -12,7 +12,8 @@ use crate::{
     up::{Cloud, Installation, Profile, Server, Tenant, build},
 };
 use anyhow::{Context as _, Result, ensure};
-use std::{fs, net::TcpListener, path::PathBuf, process::Command, sync::mpsc, time::Duration};
+use rustix::fs::statfs;
+use std::{fs, io::Stdout, net::TcpListener, path::PathBuf, process::Command, sync::mpsc, time::Duration};
 
 const PHASE1: Goal = Goal { figure: "phase1_ms", unit: "ms", at_most: 500.0 };
 const DEPLOY: Goal = Goal { figure: "deploy_ms", unit: "ms", at_most: 3000.0 };
@@ -23,6 +24,8 @@ const CONTROL_PSS: Goal = Goal { figure: "control_pss_mib", unit: "MiB", at_most
 const EDGE_CPU: Goal = Goal { figure: "edge_h1_cpu_vs_nginx", unit: "ratio", at_most: 1.0 };
 const IMAGE_BUILD: Goal = Goal { figure: "image_build_ms", unit: "ms", at_most: 200.0 };
 
+/// `TMPFS_MAGIC` of linux/magic.h.
+const TMPFS: i64 = 0x0102_1994;
 const PROVISIONS: usize = 20;
 const DEPLOYS: usize = 5;
 const REDEPLOYS: usize = 5;
@@ -32,21 +35,45 @@ const ROUTE_CHANGES: usize = 100;
 const IMAGE_BUILDS: usize = 5;
 const AT_REST: Duration = Duration::from_mins(1);
 
-/// Measures everything; prints one line a figure, also for what could not be measured.
+const GOALS: [Goal; 8] = [PHASE1, DEPLOY, REDEPLOY, REDEPLOY_FAILED, ROUTE, CONTROL_PSS, EDGE_CPU, IMAGE_BUILD];
+
+/// Measures everything; prints one line a figure as it is measured, and at the end those that could not be.
 pub(super) fn run(shell: &Shell, profile: Profile) -> Result<()> {
-    packages::ensure(shell, &[packages::TO_RUN, packages::TO_MEASURE])?;
+    let mut report = Report::new(&GOALS, std::io::stdout());
+    let outcome = measure_all(shell, profile, &mut report);
+    report.finish()?;
+    outcome
+}
+
+fn measure_all(shell: &Shell, profile: Profile, report: &mut Report<Stdout>) -> Result<()> {
+    packages::ensure(shell, &[packages::TO_RUN])?;
+    // One figure's need only: without it, that one is short.
+    let compared = packages::ensure(shell, &[packages::TO_MEASURE]);
+    shell.interrupts.check()?;
     let programs = build(shell, profile, &["e2e"])?;
-    let folder = tempfile::Builder::new().prefix("xtask-bench-").tempdir()?;
+    // Not /tmp: where that is memory, nothing waits for a disk.
+    let folder = tempfile::Builder::new().prefix("xtask-bench-").tempdir_in("/var/tmp")?;
+    ensure!(statfs(folder.path())?.f_type != TMPFS, "/var/tmp is in memory: commits would cost nothing there");
     // PostgreSQL and the tenants run as other users and have to get through.
     fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    let cloud = Cloud::start(shell, installation(programs, folder.path().join("data"))?)?;
-    let rows = measure(shell, &cloud);
-    if rows.is_err() {
+    let installation = installation(programs, folder.path().join("data"))?;
+    note_commits(shell, &installation)?;
+    let cloud = Cloud::start(shell, installation)?;
+    let outcome = measure(shell, &cloud, compared, report);
+    if outcome.is_err() {
         eprintln!("{}", cloud.log_tail());
     }
-    let rows = rows.map(|rows| rows.iter().for_each(|row| println!("{row}")));
     cloud.stop()?;
-    rows
+    outcome
+}
+
+/// Has the control plane's PostgreSQL keep the times of commits, from its next start on.
+fn note_commits(shell: &Shell, installation: &Installation) -> Result<()> {
+    let cloud = Cloud::start(shell, installation.clone())?;
+    let control = ControlDatabase::of(&installation.data)?;
+    let noted = control.query(shell, "ALTER SYSTEM SET track_commit_timestamp = on");
+    cloud.stop()?;
+    noted.map(drop)
 }
 
 fn installation(programs: PathBuf, data: PathBuf) -> Result<Installation> {
@@ -64,7 +91,7 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-fn measure(shell: &Shell, cloud: &Cloud) -> Result<Vec<Row>> {
+fn measure(shell: &Shell, cloud: &Cloud, compared: Result<()>, report: &mut Report<Stdout>) -> Result<()> {
     cloud.sign_in(shell)?;
     let (tenant, _) = cloud.provision(shell, "hello")?;
     cloud.deploy(shell, &tenant)?;
@@ -72,16 +99,15 @@ fn measure(shell: &Shell, cloud: &Cloud) -> Result<Vec<Row>> {
     let bench = Bench { shell, cloud, tenant, control: ControlDatabase::of(&cloud.installation().data)? };
 
     // Memory first: later figures add tenants.
-    let control_pss = bench.figure(CONTROL_PSS, Bench::control_pss)?;
+    bench.figure(report, CONTROL_PSS, Bench::control_pss)?;
     let mut fresh = Vec::new();
-    let phase1 = bench.figure(PHASE1, |bench| bench.phase1(&mut fresh))?;
-    let deploy = bench.figure(DEPLOY, |bench| bench.deploy(&fresh))?;
-    let redeploy = bench.figure(REDEPLOY, Bench::redeploy)?;
-    let redeploy_failed = bench.figure(REDEPLOY_FAILED, Bench::redeploy_failed)?;
-    let route = bench.figure(ROUTE, Bench::route)?;
-    let edge_cpu = bench.figure(EDGE_CPU, Bench::edge_cpu)?;
-    let image_build = bench.figure(IMAGE_BUILD, Bench::image_build)?;
-    Ok(vec![phase1, deploy, redeploy, redeploy_failed, route, control_pss, edge_cpu, image_build])
+    bench.figure(report, PHASE1, |bench| bench.phase1(&mut fresh))?;
+    bench.figure(report, DEPLOY, |bench| bench.deploy(&fresh))?;
+    bench.figure(report, REDEPLOY, Bench::redeploy)?;
+    bench.figure(report, REDEPLOY_FAILED, Bench::redeploy_failed)?;
+    bench.figure(report, ROUTE, Bench::route)?;
+    bench.figure(report, EDGE_CPU, |bench| compared.and_then(|()| bench.edge_cpu()))?;
+    bench.figure(report, IMAGE_BUILD, Bench::image_build)
 }
 
 struct Bench<'a> {
@@ -94,14 +120,20 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     /// A figure that cannot be measured is short and says why; the others go on. Only an interrupt ends all.
-    fn figure(&self, goal: Goal, measure: impl FnOnce(&Self) -> Result<f64>) -> Result<Row> {
+    fn figure(
+        &self,
+        report: &mut Report<Stdout>,
+        goal: Goal,
+        measure: impl FnOnce(&Self) -> Result<f64>,
+    ) -> Result<()> {
         eprintln!("── {}", goal.figure);
         let value = measure(self);
         self.shell.interrupts.check()?;
-        if let Err(error) = &value {
-            eprintln!("{} could not be measured: {error:#}", goal.figure);
+        match value {
+            Ok(value) => report.measured(goal, value)?,
+            Err(error) => eprintln!("{} could not be measured: {error:#}", goal.figure),
         }
-        Ok(Row::new(goal, value.ok()))
+        Ok(())
     }
 
     fn control_pss(&self) -> Result<f64> {
@@ -116,16 +148,18 @@ impl Bench<'_> {
         pss_mib(self.cloud.process())
     }
 
-    /// By the database's clock, from the commit of the confirmation to that of `awaiting_deploy`.
+    /// By the database's clock, from the commit of the confirmation to that of `awaiting_deploy`: rows that are written
+    /// once tell by whom, and of whom the time of the commit is kept.
     fn phase1(&self, fresh: &mut Vec<Tenant>) -> Result<f64> {
         for number in 1..=PROVISIONS {
             fresh.push(self.cloud.provision(self.shell, &format!("bench-{number}"))?.0);
         }
         let rows = self.control.query(
             self.shell,
-            "SELECT extract(epoch FROM t.ready_at - i.received_at) * 1000
+            "SELECT extract(epoch FROM pg_xact_commit_timestamp(e.xmin) - pg_xact_commit_timestamp(i.xmin)) * 1000
              FROM tenants t JOIN inbox_events i ON position(t.checkout_id::text IN i.body) > 0
-             WHERE t.name LIKE 'bench-%' AND t.ready_at IS NOT NULL",
+             JOIN events e ON e.subject = 'tenant:' || t.id AND e.body #>> '{data,event_type}' = 'tenant_ready'
+             WHERE t.name LIKE 'bench-%'",
         )?;
         ensure!(rows.len() == PROVISIONS, "expected {PROVISIONS} provisions in the books, found {}", rows.len());
         let times: Vec<f64> = rows.iter().map(|row| row.parse()).collect::<Result<_, _>>()?;
@@ -175,10 +209,8 @@ impl Bench<'_> {
         let mut times = Vec::new();
         for _ in 0..ROUTE_CHANGES {
             watch.expect(200)?;
-            let committed = session.ask(&change_route(&host, live, true))?;
-            let seen = watch.seen()?;
-            let microseconds = u32::try_from(seen - committed.parse::<i64>()?).unwrap_or(0);
-            times.push(f64::from(microseconds) / 1000.0);
+            let begin = session.ask(&change_route(&host, live, true))?;
+            times.push(milliseconds(begin.parse()?, watch.seen()?)?);
             watch.expect(502)?;
             session.ask(&change_route(&host, live, false))?;
             watch.seen()?;
@@ -235,7 +267,16 @@ fn host_of(url: &str) -> Result<&str> {
     authority.and_then(|authority| authority.split(':').next()).with_context(|| format!("{url} names no host"))
 }
 
-/// As the control plane publishes a route; answers when the change was committed, in microseconds since the epoch.
+/// Between two times in microseconds; an answer that came before its cause means that something else was measured.
+fn milliseconds(begin: i64, seen: i64) -> Result<f64> {
+    let microseconds = u32::try_from(seen - begin);
+    let microseconds =
+        microseconds.with_context(|| format!("the route was seen {} us before it was made", begin - seen))?;
+    Ok(f64::from(microseconds) / 1000.0)
+}
+
+/// As the control plane publishes a route; answers when the commit was about to be sent, in microseconds since the
+/// epoch: what comes behind it is a part of the time.
 fn change_route(host: &str, live: &str, present: bool) -> String {
     let target = if present { "target" } else { "NULL::jsonb" };
     format!(
@@ -245,8 +286,8 @@ fn change_route(host: &str, live: &str, present: bool) -> String {
            SELECT '{host}', tenant_id, {target}, (SELECT generation FROM route_clock) FROM routes WHERE host = '{live}'
            ON CONFLICT (host) DO UPDATE SET target = excluded.target, generation = excluded.generation;
          NOTIFY systemprompt_routes;
-         COMMIT;
-         SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;"
+         SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
+         COMMIT;"
     )
 }
 
@@ -259,5 +300,11 @@ mod tests {
         assert_eq!(host_of("https://a.z:8443/").unwrap(), "a.z");
         assert_eq!(host_of("https://a.z").unwrap(), "a.z");
         assert!(host_of("a.z").is_err());
+    }
+
+    #[test]
+    fn an_answer_before_its_cause_is_no_time() {
+        assert!((milliseconds(1_000, 2_500).unwrap() - 1.5).abs() < 1e-9);
+        assert!(milliseconds(2_500, 1_000).is_err());
     }
 }

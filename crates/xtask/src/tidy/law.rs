@@ -46,6 +46,14 @@ impl Law {
             }
         }
         ensure!(levels.len() > 5, "ARCHITECTURE.md has no `L3   crate ──► crate, crate` lines any more");
+        for (from, targets) in &arrows {
+            for to in targets {
+                let down = levels.get(to).is_some_and(|level| level < &levels[from]);
+                ensure!(down, "ARCHITECTURE.md draws {from} ──► {to}, which does not point down");
+            }
+        }
+        let lowest = levels.get(CONTRACT).is_some_and(|contract| levels.values().all(|level| level >= contract));
+        ensure!(lowest, "ARCHITECTURE.md has to draw {CONTRACT} on the lowest level: every crate may use it");
         let mut confined = BTreeMap::new();
         for library in CONFINED {
             let users = confined_to(page, library);
@@ -105,6 +113,22 @@ impl Law {
             .then(|| format!("depends on {}; only {} may", dependency.name, join(users)))
     }
 
+    /// deny.toml repeats who may use the confined libraries, for what comes in by other people's crates: the crates
+    /// that do use them, neither more nor less.
+    pub(super) fn check_wrappers(&self, packages: &[Package], deny: &str) -> Vec<Finding> {
+        let differs = |library: &str| {
+            let users = packages.iter().filter(|package| package.uses(library)).map(|package| package.name.as_str());
+            let users: BTreeSet<&str> = users.collect();
+            let wrappers = wrappers(deny, library);
+            (wrappers != users).then(|| format!("wrappers of {library}: has {wrappers:?}, but {users:?} use it"))
+        };
+        self.confined
+            .keys()
+            .filter_map(|library| differs(library))
+            .map(|message| Finding::new("deny.toml", message))
+            .collect()
+    }
+
     /// Server-side TLS lives in one crate. Which side of rustls a crate uses, only its source shows.
     #[allow(clippy::unused_self, reason = "a part of the law, asked for beside the others")]
     pub(super) fn check_source(&self, path: &str, text: &str) -> Option<Finding> {
@@ -112,12 +136,31 @@ impl Law {
         if [TLS_SERVER, TASKS].contains(&package) || !file.starts_with("src/") || !has_extension(path, "rs") {
             return None;
         }
-        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        let code = without_tests(text);
         let word = ["rustls::ServerConfig", "rustls::server", "TlsAcceptor", "LazyConfigAcceptor"]
             .into_iter()
             .find(|word| code.contains(word))?;
         Some(Finding::new(path, format!("uses {word}: server-side TLS lives in {TLS_SERVER}")))
     }
+}
+
+/// The names of the list `wrappers` in the section that bans `library`.
+fn wrappers<'a>(deny: &'a str, library: &str) -> BTreeSet<&'a str> {
+    let section = deny.split("[[bans.deny]]").find(|section| section.contains(&format!("crate = \"{library}\"")));
+    let list = section.and_then(|section| section.split_once("wrappers = [")?.1.split(']').next());
+    list.unwrap_or_default()
+        .split(',')
+        .map(|name| name.trim().trim_matches('"'))
+        .filter(|name| !name.is_empty())
+        .collect()
+}
+
+/// The text without its `mod tests { … }`. What else is for tests only, such as a module in a file of its own that is
+/// declared at the top, hides nothing behind it.
+fn without_tests(text: &str) -> String {
+    let Some((before, rest)) = text.split_once("#[cfg(test)]\nmod tests {") else { return text.to_owned() };
+    let after = rest.split_once("\n}\n").map_or("", |(_, after)| after);
+    [before, after].concat()
 }
 
 fn level_line(line: &str) -> Option<(u8, &str)> {
@@ -242,6 +285,39 @@ Laws: `sqlx` only in `management-api`, `systemprompt-runtime`; `axum` only in `m
         assert_eq!(law.check_source("crates/systemprompt-edge/src/tls.rs", code), None);
         let test_only = format!("fn f() {{}}\n#[cfg(test)]\nmod tests {{ {code} }}");
         assert_eq!(law.check_source("crates/management-api/src/serve.rs", &test_only), None);
+        for hidden in ["#[cfg(test)]\nmod testing;\n", "#[cfg(test)]\nmod tests {\n    fn f() {}\n}\n"] {
+            let behind = format!("{hidden}{code}");
+            assert!(law.check_source("crates/management-api/src/serve.rs", &behind).is_some(), "{behind}");
+        }
+    }
+
+    #[test]
+    fn an_arrow_that_does_not_point_down_is_refused() {
+        let page = |from: &str, to: &str| Law::parse(&PAGE.replace(from, to)).unwrap_err().to_string();
+        let aside = page("L1   systemprompt-oci ", "L1   systemprompt-oci ──► runtime ");
+        assert!(aside.contains("systemprompt-oci ──► systemprompt-runtime"), "{aside}");
+        let up = page("L1   systemprompt-oci ", "L1   systemprompt-oci ──► cloud ");
+        assert!(up.contains("does not point down"), "{up}");
+        let contract = page("L0   systemprompt-contract", "L4   systemprompt-contract");
+        assert!(contract.contains("lowest level"), "{contract}");
+        assert!(!check("systemprompt-contract", &[on("systemprompt-oci")]).is_empty());
+    }
+
+    #[test]
+    fn the_list_of_cargo_deny_is_who_uses_it() {
+        let law = Law::parse(PAGE).unwrap();
+        let packages =
+            [package("management-api", "bin", &[on("sqlx"), on("axum")]), package("e2e", "lib", &[for_tests("sqlx")])];
+        let deny = |sqlx: &str| {
+            format!(
+                "[[bans.deny]]\ncrate = \"sqlx\"\nwrappers = [{sqlx}]\n\
+                 [[bans.deny]]\ncrate = \"axum\"\nwrappers = [\"management-api\"]\n"
+            )
+        };
+        assert_eq!(law.check_wrappers(&packages, &deny("\"management-api\", \"e2e\"")), []);
+        assert_eq!(law.check_wrappers(&packages, &deny("\"management-api\"")).len(), 1);
+        assert_eq!(law.check_wrappers(&packages, &deny("\"management-api\", \"e2e\", \"edge\"")).len(), 1);
+        assert_eq!(law.check_wrappers(&packages, "").len(), 2);
     }
 
     #[test]

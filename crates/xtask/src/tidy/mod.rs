@@ -61,6 +61,7 @@ fn findings(shell: &Shell, tree: &Tree) -> Result<Vec<Finding>> {
     let metadata = Metadata::read(shell)?;
     let law = law::Law::parse(tree.text("ARCHITECTURE.md")?)?;
     let mut findings = law.check(&metadata.packages);
+    findings.extend(law.check_wrappers(&metadata.packages, tree.text("deny.toml")?));
     findings.extend(manifests::check_workspace(tree.text("Cargo.toml")?));
     for package in &metadata.packages {
         let manifest = tree.relative(&package.manifest_path);

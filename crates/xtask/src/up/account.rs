@@ -9,6 +9,7 @@ use std::{
     fs,
     io::Write as _,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 const EMAIL: &str = "admin@localhost.localdomain";
@@ -18,29 +19,21 @@ const EMAIL: &str = "admin@localhost.localdomain";
 struct FirstAccount {
     email: String,
     password: String,
-    /// Absent between the request and its answer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    access_token: Option<String>,
 }
 
-/// The first account's API token, from the file or by making the account.
+/// A token of an operator: of the first account, made now when there is none, else by the operator's own command,
+/// which asks nothing but to be run where the data lies. So no token that was lost, revoked or ended stops us.
 pub(super) fn token(
     shell: &Shell,
     http: &Http,
     api_url: &str,
     setup_token: Option<&Path>,
     data: &Path,
+    mint: &mut Command,
 ) -> Result<String> {
-    let file = file(data);
-    match (setup_token, read(&file)?) {
-        (Some(setup_token), earlier) => make(shell, http, api_url, setup_token, &file, earlier),
-        (None, Some(FirstAccount { access_token: Some(token), .. })) => Ok(token),
-        (None, _) => bail!(
-            "the first account of this installation was made elsewhere: {} holds no token for it; \
-             sign in with `systemprompt cloud auth login --api-url {api_url}` in {}",
-            file.display(),
-            data.join("hello").display()
-        ),
+    match setup_token {
+        Some(setup_token) => make(shell, http, api_url, setup_token, &file(data)),
+        None => access_token(&shell.read_quiet(mint)?),
     }
 }
 
@@ -49,20 +42,13 @@ pub(super) fn file(data: &Path) -> PathBuf {
     data.join("first-account.json")
 }
 
-fn make(
-    shell: &Shell,
-    http: &Http,
-    api_url: &str,
-    setup_token: &Path,
-    file: &Path,
-    earlier: Option<FirstAccount>,
-) -> Result<String> {
+fn make(shell: &Shell, http: &Http, api_url: &str, setup_token: &Path, file: &Path) -> Result<String> {
     let setup_token =
         fs::read_to_string(setup_token).with_context(|| format!("cannot read {}", setup_token.display()))?;
     // A run that ended between request and answer left its password: the same one again.
-    let mut account = match earlier {
+    let account = match read(file)? {
         Some(account) => account,
-        None => FirstAccount { email: EMAIL.to_owned(), password: random_password()?, access_token: None },
+        None => FirstAccount { email: EMAIL.to_owned(), password: random_password()? },
     };
     write(file, &account)?;
     let request = json!({ "setup_token": setup_token.trim(), "email": account.email, "password": account.password });
@@ -70,19 +56,13 @@ fn make(
     if !matches!(answer.status, 200 | 201) {
         bail!("the first account was refused with {}: {}", answer.status, answer.body);
     }
-    let token = access_token(&answer.body)?;
-    account.access_token = Some(token.clone());
-    write(file, &account)?;
-    Ok(token)
+    access_token(&answer.body)
 }
 
 fn access_token(body: &str) -> Result<String> {
-    let answer: Value = serde_json::from_str(body).context("the first account's answer is not JSON")?;
-    answer
-        .get("access_token")
-        .and_then(Value::as_str)
-        .map(str::to_owned)
-        .context("the first account's answer has no access_token")
+    let answer: Value = serde_json::from_str(body).context("the account's answer is not JSON")?;
+    let token = answer.get("access_token").and_then(Value::as_str);
+    token.map(str::to_owned).context("the account's answer has no access_token")
 }
 
 fn random_password() -> Result<String> {
@@ -123,7 +103,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = file(folder.path());
         assert!(read(&path).unwrap().is_none());
-        let account = FirstAccount { email: EMAIL.into(), password: random_password().unwrap(), access_token: None };
+        let account = FirstAccount { email: EMAIL.into(), password: random_password().unwrap() };
         write(&path, &account).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(read(&path).unwrap().unwrap().password, account.password);
@@ -139,11 +119,16 @@ mod tests {
     }
 
     #[test]
-    fn without_setup_token_and_without_account_it_says_what_to_do() {
+    fn without_a_setup_token_the_operator_s_command_is_asked() {
         let folder = tempfile::tempdir().unwrap();
         let shell = Shell::open().unwrap();
         let http = Http::new(Path::new("ca.pem"));
-        let error = token(&shell, &http, "https://api.z", None, folder.path()).unwrap_err().to_string();
-        assert!(error.contains("systemprompt cloud auth login --api-url https://api.z"), "{error}");
+        let ask = |script: &str| {
+            let mut mint = Command::new("sh");
+            token(&shell, &http, "https://api.z", None, folder.path(), mint.args(["-c", script]))
+        };
+        assert_eq!(ask("echo '{\"access_token\":\"sp_live_x\"}'").unwrap(), "sp_live_x");
+        let error = ask("echo 'there is no operator yet' >&2; exit 1").unwrap_err().to_string();
+        assert!(error.contains("no operator yet"), "{error}");
     }
 }

@@ -1,14 +1,14 @@
 //! A running cloud, and the public steps a user takes with it.
 
-use super::{account, cli::Cli, example, report::Timings, server::Server};
+use super::{account, cli::Cli, example, orphan, report::Timings, server::Server};
 use crate::{http::Http, shell::Shell};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use std::{
     fs,
     net::SocketAddr,
-    os::unix::fs::DirBuilderExt as _,
-    path::PathBuf,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
     process::Command,
     thread,
     time::{Duration, Instant, SystemTime},
@@ -57,15 +57,20 @@ impl Installation {
         self.data.join("management-api.log")
     }
 
-    fn serve(&self) -> Command {
+    fn management_api(&self, task: &str) -> Command {
         let mut command = Command::new(self.programs.join("management-api"));
-        command.arg("serve").arg("--data").arg(&self.data);
+        command.arg(task).arg("--data").arg(&self.data).env_remove("LD_LIBRARY_PATH");
+        command
+    }
+
+    fn serve(&self) -> Command {
+        let mut command = self.management_api("serve");
         command.args(["--zone", &self.zone, "--https", &self.https.to_string(), "--http", &self.http]);
         command.args(["--on-stop", "stop"]);
         if let Some(address) = self.http_api {
             command.arg("--http-api").arg(address.to_string());
         }
-        command.env_remove("LD_LIBRARY_PATH");
+        command.env(orphan::MARK, std::process::id().to_string());
         command
     }
 }
@@ -101,11 +106,8 @@ impl Cloud {
     /// Starts `management-api` and makes the sample project.
     pub(crate) fn start(shell: &Shell, installation: Installation) -> Result<Self> {
         eprintln!("starting the cloud in {} …", installation.data.display());
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o711)
-            .create(&installation.data)
-            .with_context(|| format!("cannot create {}", installation.data.display()))?;
+        make_passable(&installation.data).with_context(|| format!("cannot create {}", installation.data.display()))?;
+        orphan::stop(shell, &installation.data)?;
         let server = Server::start(shell, installation.serve(), &installation.log_file())?;
         example::copy_if_absent(&shell.root().join("examples/hello"), &installation.project())?;
         Ok(Self { http: Http::new(&server.ready.ca_file), cli: Cli::new(&installation), server, installation })
@@ -118,8 +120,13 @@ impl Cloud {
     /// Makes the first account when there is none, and signs the command line in.
     pub(crate) fn sign_in(&self, shell: &Shell) -> Result<()> {
         let ready = &self.server.ready;
+        // Whoever signed in there himself stays who he is.
+        if self.cli.json(shell, &["cloud", "auth", "whoami"]).is_ok_and(|who| is_signed_in(&who, &ready.api_url)) {
+            return Ok(());
+        }
         let setup_token = ready.setup_token_file.as_deref().filter(|file| file.exists());
-        let token = account::token(shell, &self.http, &ready.api_url, setup_token, &self.installation.data)?;
+        let (data, mut mint) = (&self.installation.data, self.installation.management_api("token"));
+        let token = account::token(shell, &self.http, &ready.api_url, setup_token, data, &mut mint)?;
         let login = ["cloud", "auth", "login", "--token", "-", "--api-url", &ready.api_url];
         self.cli.json_fed(shell, &login, &token).map(drop)
     }
@@ -242,6 +249,23 @@ impl Cloud {
     }
 }
 
+/// Makes what is missing of a folder. PostgreSQL and the tenants run as other users and have to get through, whatever
+/// our umask is.
+fn make_passable(folder: &Path) -> std::io::Result<()> {
+    for folder in folder.ancestors().take_while(|path| !path.exists()).collect::<Vec<_>>().into_iter().rev() {
+        fs::create_dir(folder)?;
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o711))?;
+    }
+    Ok(())
+}
+
+/// Whether the cloud itself took the token: offline, the command line tells only what the token says.
+fn is_signed_in(who: &Value, api_url: &str) -> bool {
+    let said = who.pointer("/data/api_url").and_then(Value::as_str);
+    let same = said.is_some_and(|said| said.trim_end_matches('/') == api_url.trim_end_matches('/'));
+    same && who.pointer("/data/cloud_tenants").is_some_and(Value::is_number)
+}
+
 fn find_tenant(list: &Value, name: &str) -> Result<Option<String>> {
     let tenants = list.pointer("/data/tenants").and_then(Value::as_array).context("the list of tenants is no list")?;
     let found = tenants.iter().find(|tenant| tenant["name"] == name && tenant["status"] != "failed");
@@ -282,6 +306,14 @@ mod tests {
         assert_eq!(find_tenant(&list, "hello").unwrap().as_deref(), Some("c"));
         assert_eq!(find_tenant(&list, "absent").unwrap(), None);
         assert!(find_tenant(&json!({ "data": [] }), "hello").is_err());
+    }
+
+    #[test]
+    fn only_whom_this_cloud_took_is_signed_in() {
+        let who = |url: &str, tenants| json!({ "data": { "api_url": url, "cloud_tenants": tenants } });
+        assert!(is_signed_in(&who("https://api.z:1/", json!(0)), "https://api.z:1"));
+        assert!(!is_signed_in(&who("https://api.z:1", json!(null)), "https://api.z:1"), "refused");
+        assert!(!is_signed_in(&who("https://api.z:2", json!(3)), "https://api.z:1"), "another cloud");
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod account;
 mod cli;
 mod cloud;
 mod example;
+mod orphan;
 mod report;
 mod server;
 
@@ -46,6 +47,9 @@ pub(crate) struct Options {
     /// Unoptimised binaries, as the tests use them.
     #[arg(long)]
     dev: bool,
+    /// Run the binaries of this folder instead of building them: for tests, inside which cargo would wait for itself.
+    #[arg(long, value_name = "DIR", hide = true)]
+    programs: Option<PathBuf>,
 }
 
 /// Which binaries.
@@ -58,7 +62,10 @@ pub(crate) enum Profile {
 /// Installs, builds, starts, deploys, and stays until Ctrl-C, or with `--once` measures and stops.
 pub(crate) fn run(shell: &Shell, options: &Options) -> Result<()> {
     packages::ensure(shell, &[packages::TO_RUN])?;
-    let programs = build(shell, if options.dev { Profile::Dev } else { Profile::Release }, &[])?;
+    let programs = match &options.programs {
+        Some(programs) => programs.clone(),
+        None => build(shell, if options.dev { Profile::Dev } else { Profile::Release }, &[])?,
+    };
     let installation = options.installation(programs)?;
 
     let started = Instant::now();

@@ -34,7 +34,10 @@ pub(super) fn welcome(installation: &Installation, tenant: &Tenant) -> String {
     let project = installation.project();
     let (project, ca) = (project.display(), installation.ca_file());
     let ca = ca.display();
-    let account = account::file(&installation.data);
+    // Absent when a person made the first account on the set-up page.
+    let account = Some(account::file(&installation.data)).filter(|file| file.exists()).map(|file| {
+        format!("  your account   {}    (e-mail and password for `systemprompt cloud auth login`)\n", file.display())
+    });
     let systemprompt = installation.programs.join("systemprompt");
     format!(
         "
@@ -43,8 +46,7 @@ The cloud is up.
   your tenant    {url}
   its health     {url}api/v1/health
   API            {api}/api/v1/health
-  your account   {account}    (e-mail and password for `systemprompt cloud auth login`)
-  data           {data}
+{account}  data           {data}
 
 Browsers and curl find these names by themselves. They do not know the CA yet; trust it once:
   curl           curl --cacert {ca} {url}
@@ -63,7 +65,7 @@ Next, in another terminal:
 Ctrl-C drains and stops everything; the next `cargo xtask up` goes on from here.",
         url = tenant.url,
         api = installation.url("api"),
-        account = account.display(),
+        account = account.unwrap_or_default(),
         zone = installation.zone,
         https = installation.https,
         systemprompt = systemprompt.display(),
