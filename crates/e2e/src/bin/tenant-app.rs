@@ -68,6 +68,11 @@ fn serve(connection: TcpStream, behaviour: &str, text: &str) {
         if behaviour == "silent" {
             thread::sleep(Duration::from_hours(1));
         }
+        let length =
+            head.iter().find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length:")?.trim().parse().ok());
+        if std::io::copy(&mut reading.by_ref().take(length.unwrap_or(0)), &mut std::io::sink()).is_err() {
+            return;
+        }
         let target = head.first().and_then(|line| line.split(' ').nth(1)).unwrap_or("/").to_owned();
         let (path, query) = target.split_once('?').unwrap_or((&target, ""));
         let body = match path {

@@ -1,7 +1,7 @@
 //! Traffic never waits for the control plane.
 
 use anyhow::{Context as _, ensure};
-use e2e::{Stack, Start, TenantRef, TestApp, open_loop, until};
+use e2e::{LoadClients, Stack, Start, TenantRef, TestApp, open_loop, until};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -125,7 +125,8 @@ async fn a_stream_of_one_tenant_costs_the_other_no_request() -> anyhow::Result<(
     let stop = CancellationToken::new();
     let silence = tokio::spawn(longest_silence(e2e::connect(&stack, "control", "systemprompt").await?, stop.clone()));
     let slow: Vec<_> = (0..4).map(|_| keep_asking(&stack, &busy, stop.clone())).collect();
-    let load = tokio::spawn(open_loop(stack.client().clone(), format!("{}/", busy.url), 50, stop.clone()));
+    let clients = LoadClients::new(&stack.ca_file(), &busy.url)?;
+    let load = tokio::spawn(open_loop(clients, format!("{}/", busy.url), 50, stop.clone()));
 
     let held = TestApp { behaviour: "healthy", text: "1" }.push(&stack, &streaming).await?;
     let held = held.submit(&stack, &streaming).await?;
