@@ -88,6 +88,7 @@ async fn control_plane(
         tasks.spawn(serve_http(listener, http::api_router(&app), stops.api.clone()));
     }
     spawn_workers(&tasks, &app, &stops);
+    tasks.spawn(reconcile::clusters::run(opened.clusters.clone(), opened.layout.clone(), stops.workers.clone()));
     let https = listening.edge.as_ref().map(|edge| edge.https);
     let edge = listening.edge.map(|edge| edge.follow(opened.clusters.control.url(CONTROL_DATABASE), &stops));
 
@@ -228,11 +229,15 @@ async fn build_app(
 
 fn spawn_workers(tasks: &TaskTracker, app: &App, stops: &Stops) {
     let infrastructure = &app.infrastructure;
-    let engine = Engine::new(app.db.clone(), EngineConfig::new(WORKER))
-        .register::<ProvisionTenant>(infrastructure.clone())
-        .register::<DeployTenant>(infrastructure.clone())
-        .register::<DeleteTenant>(infrastructure.clone());
-    tasks.spawn(engine.run(stops.workers.clone()));
+    let engine = || Engine::new(app.db.clone(), EngineConfig::new(WORKER));
+    tasks.spawn(
+        engine()
+            .register::<ProvisionTenant>(infrastructure.clone())
+            .register::<DeleteTenant>(infrastructure.clone())
+            .run(stops.workers.clone()),
+    );
+    // With slots of their own: a deploy may wait minutes for an app that does not answer.
+    tasks.spawn(engine().register::<DeployTenant>(infrastructure.clone()).run(stops.workers.clone()));
     tasks.spawn(reconcile::instances::run(app.db.clone(), infrastructure.clone(), stops.workers.clone()));
     tasks.spawn(reconcile::garbage::run(app.db.clone(), infrastructure.clone(), stops.workers.clone()));
 }
