@@ -11,6 +11,8 @@ pub(crate) mod routes;
 pub(crate) mod secrets;
 pub(crate) mod state;
 pub(crate) mod store;
+#[cfg(test)]
+mod workflow_tests;
 
 pub(crate) use handlers::{endpoints, me_tenants};
 
