@@ -6,6 +6,7 @@ use std::{
     fs::{self, File},
     io::{BufRead as _, BufReader, Write as _},
     net::TcpListener,
+    os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -21,6 +22,8 @@ pub struct Stack {
     directory: TempDir,
     https_port: u16,
     running: Option<Child>,
+    /// The crash point that the running process is to die at, and where its log begins.
+    armed: Option<(String, u64)>,
     edge: Option<Child>,
     client: reqwest::Client,
     token: Option<Secret>,
@@ -31,6 +34,8 @@ pub struct Stack {
 pub struct Start<'a> {
     /// Armed crash point: the process kills itself there.
     pub crash_point: Option<&'a str>,
+    /// `workflow.step` whose act, or with `.undo` behind it whose undo, does nothing: a broken program.
+    pub skip: Option<&'a str>,
     /// No edge in this process.
     pub without_edge: bool,
     /// More arguments.
@@ -70,7 +75,7 @@ impl Stack {
         // Free now; the edge says so if somebody takes it in between.
         let https_port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let client = reqwest::Client::builder().build()?;
-        Ok(Self { directory, https_port, running: None, edge: None, client, token: None })
+        Ok(Self { directory, https_port, running: None, armed: None, edge: None, client, token: None })
     }
 
     /// The temporary directory around the installation's own.
@@ -126,15 +131,20 @@ impl Stack {
         Ok(())
     }
 
-    fn spawn_serve(&self, start: &Start<'_>) -> anyhow::Result<Child> {
+    fn spawn_serve(&mut self, start: &Start<'_>) -> anyhow::Result<Child> {
         let mut command = self.management_api("serve")?;
         command.args(["--https", &format!("127.0.0.1:{}", self.https_port), "--http", "off"]);
         command.args(start.arguments);
         if start.without_edge {
             command.arg("--without-edge");
         }
+        let log_so_far = fs::metadata(self.log_file())?.len();
+        self.armed = start.crash_point.map(|point| (point.to_owned(), log_so_far));
         if let Some(point) = start.crash_point {
             command.env("SYSTEMPROMPT_CRASH_POINT", point);
+        }
+        if let Some(step) = start.skip {
+            command.env("SYSTEMPROMPT_SKIP", step);
         }
         command.spawn().context("starting management-api")
     }
@@ -232,20 +242,45 @@ impl Stack {
         pid.with_context(|| format!("no pid in {}", file.display()))
     }
 
-    /// Waits until the control plane has ended by itself, as at an armed crash point.
+    /// Waits until the control plane has killed itself at its armed crash point.
     ///
     /// # Errors
-    /// When it still runs after [`PATIENCE`].
+    /// When it still runs after [`PATIENCE`], or ended in any other way.
     pub fn wait_died(&mut self) -> anyhow::Result<()> {
         let mut child = self.running.take().context("nothing runs")?;
+        let (point, log_so_far) = self.armed.take().context("no crash point is armed")?;
         let deadline = Instant::now() + PATIENCE;
-        while child.try_wait()?.is_none() {
+        let status = loop {
+            if let Some(status) = child.try_wait()? {
+                break status;
+            }
             if Instant::now() > deadline {
                 self.running = Some(child);
                 bail!("expected management-api to die at its crash point; it still runs:\n{}", self.log_tail());
             }
             std::thread::sleep(Duration::from_millis(10));
-        }
+        };
+        let log = fs::read(self.log_file())?;
+        let log = String::from_utf8_lossy(&log[usize::try_from(log_so_far)?..]).into_owned();
+        let said = log.lines().any(|line| line.contains("dying on purpose") && line.contains(&point));
+        // The driver's points abort without a word.
+        let by_driver = point.starts_with("compute.");
+        let signal = if by_driver { rustix::process::Signal::ABORT } else { rustix::process::Signal::KILL };
+        ensure!(
+            (said || by_driver) && status.signal() == Some(signal.as_raw()),
+            "expected management-api to kill itself at {point}; it ended with {status}:\n{}",
+            self.log_tail()
+        );
+        Ok(())
+    }
+
+    /// `management-api stop`: takes down what a dead control plane has left running.
+    ///
+    /// # Errors
+    /// When it does not end well.
+    pub fn stop_what_is_left(&self) -> anyhow::Result<()> {
+        let output = Command::new(program("management-api")?).arg("stop").arg("--data").arg(self.data()).output()?;
+        ensure!(output.status.success(), "stop: {}", String::from_utf8_lossy(&output.stderr));
         Ok(())
     }
 

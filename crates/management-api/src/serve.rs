@@ -177,6 +177,7 @@ impl Start<'_> {
             registered.cancelled().await;
         }
         spawn_workers(tasks, &app, self.ca, stops);
+        tasks.spawn(reconcile::clusters::run(clusters, self.layout.clone(), stops.workers.clone()));
         Ok(setup)
     }
 
@@ -295,11 +296,15 @@ async fn bind_edge(
 
 fn spawn_workers(tasks: &TaskTracker, app: &App, ca: &Arc<LocalCa>, stops: &Stops) {
     let infrastructure = &app.infrastructure;
-    let engine = Engine::new(app.db.clone(), EngineConfig::new(WORKER))
-        .register::<ProvisionTenant>(infrastructure.clone())
-        .register::<DeployTenant>(infrastructure.clone())
-        .register::<DeleteTenant>(infrastructure.clone());
-    tasks.spawn(engine.run(stops.workers.clone()));
+    let engine = || Engine::new(app.db.clone(), EngineConfig::new(WORKER));
+    tasks.spawn(
+        engine()
+            .register::<ProvisionTenant>(infrastructure.clone())
+            .register::<DeleteTenant>(infrastructure.clone())
+            .run(stops.workers.clone()),
+    );
+    // With slots of their own: a deploy may wait minutes for an app that does not answer.
+    tasks.spawn(engine().register::<DeployTenant>(infrastructure.clone()).run(stops.workers.clone()));
     tasks.spawn(reconcile::instances::run(app.db.clone(), infrastructure.clone(), stops.workers.clone()));
     tasks.spawn(reconcile::garbage::run(app.db.clone(), infrastructure.clone(), stops.workers.clone()));
     let (ca, stop) = (ca.clone(), stops.workers.clone());

@@ -123,7 +123,7 @@ pub enum DeploymentState {
     Running,
     /// The release is live: the last frame.
     Succeeded,
-    /// The old release still serves: the last frame.
+    /// The release did not come through, or not to the end; the message says what serves: the last frame.
     Failed,
 }
 

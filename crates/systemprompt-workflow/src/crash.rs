@@ -36,6 +36,19 @@ fn parse(text: &str) -> (String, u32) {
     }
 }
 
+/// Whether the environment asks for a broken workflow, so that a test can show that its look at the world sees one:
+/// with `SYSTEMPROMPT_SKIP=workflow.step` that act does nothing and counts as done, with `….undo` that undo.
+#[cfg(debug_assertions)]
+pub(crate) fn is_skipped(workflow: &str, step: &str, side: &str) -> bool {
+    std::env::var("SYSTEMPROMPT_SKIP").is_ok_and(|skipped| skipped == format!("{workflow}.{step}{side}"))
+}
+
+/// Compiled away in release builds.
+#[cfg(not(debug_assertions))]
+pub(crate) const fn is_skipped(_workflow: &str, _step: &str, _side: &str) -> bool {
+    false
+}
+
 #[cfg(all(test, debug_assertions))]
 mod tests {
     #[test]

@@ -23,7 +23,8 @@ use tokio_util::sync::CancellationToken;
 /// How a worker works.
 #[derive(Debug, Clone)]
 pub struct EngineConfig {
-    /// Who holds a lease, for people who read the table; unique among the workers.
+    /// Who holds a lease, for people who read the table and for [`crate::release_leases`]. Fences, not names, keep
+    /// workers apart: engines of one process may share one.
     pub worker_id: String,
     /// After this long without a heartbeat another worker may adopt the operation.
     pub lease: Duration,

@@ -26,25 +26,6 @@ const POLL: Duration = Duration::from_secs(4);
 /// A subscriber holds at most this many events in memory.
 const BATCH: i64 = 64;
 
-/// Why the event log could not be read.
-#[derive(Debug, thiserror::Error)]
-pub enum EventError {
-    /// The database refused or does not answer.
-    #[error("the event log cannot be read")]
-    Database(#[from] sqlx::Error),
-    /// An event was stored in a form this version does not know.
-    #[error("event {} of {subject} is of a form this version does not know", id.0)]
-    Unreadable {
-        /// Whose stream.
-        subject: Subject,
-        /// Which event.
-        id: EventId,
-        /// Why.
-        #[source]
-        source: serde_json::Error,
-    },
-}
-
 /// Appends to a subject's stream; readers see and hear it when the transaction commits.
 ///
 /// Until then other writers of the same subject wait. A transaction that writes several subjects should use the
@@ -106,17 +87,19 @@ async fn insert(
     Ok(EventId(id))
 }
 
-/// The next events of a stream, oldest first.
+/// The next events of a stream, oldest first. `None` is one in a form that this version does not know: its place is
+/// kept, so that a reader gets past it.
 ///
 /// # Errors
-/// See [`EventError`].
+/// The database refused or does not answer.
 pub async fn read_after(
     db: &Db,
     subject: Subject,
     after: EventId,
     limit: i64,
-) -> Result<Vec<(EventId, Event)>, EventError> {
-    let rows = sqlx::query!(
+) -> Result<Vec<(EventId, Option<Event>)>, sqlx::Error> {
+    let rows = sqlx::query_as!(
+        StoredEvent,
         "SELECT id, body FROM events WHERE subject = $1 AND id > $2 ORDER BY id LIMIT $3",
         subject.to_string(),
         after.0,
@@ -124,15 +107,19 @@ pub async fn read_after(
     )
     .fetch_all(db.pool())
     .await?;
-    rows.into_iter()
-        .map(|row| {
-            let id = EventId(row.id);
-            match serde_json::from_value(row.body) {
-                Ok(event) => Ok((id, event)),
-                Err(source) => Err(EventError::Unreadable { subject, id, source }),
-            }
-        })
-        .collect()
+    let read = |row: StoredEvent| match serde_json::from_value(row.body) {
+        Ok(event) => (EventId(row.id), Some(event)),
+        Err(error) => {
+            tracing::error!(%subject, event.id = row.id, %error, "an event is of a form this version does not know; left out");
+            (EventId(row.id), None)
+        }
+    };
+    Ok(rows.into_iter().map(read).collect())
+}
+
+struct StoredEvent {
+    id: i64,
+    body: serde_json::Value,
 }
 
 /// Wakes subscribers when their stream grows: one listening connection for all of them.
@@ -182,12 +169,13 @@ impl EventHub {
     /// All events of a subject after `after`, first from the log, then live: no gap, no duplicate, in order, at most
     /// a small batch in memory however slow the reader is.
     ///
-    /// While the database is away the stream waits. It ends with an error when an event cannot be read.
+    /// While the database is away the stream waits; when it refuses the stream ends with its error. An event in a form
+    /// that this version does not know is logged and left out.
     pub fn subscribe(
         &self,
         subject: Subject,
         after: EventId,
-    ) -> impl Stream<Item = Result<(EventId, Event), EventError>> + Send + Unpin + 'static + use<> {
+    ) -> impl Stream<Item = Result<(EventId, Event), sqlx::Error>> + Send + Unpin + 'static + use<> {
         let subscription = Subscription {
             hub: self.0.clone(),
             wake: self.0.streams.subscribe(subject),
@@ -210,15 +198,17 @@ struct Subscription {
     wake: watch::Receiver<()>,
     subject: Subject,
     after: EventId,
-    batch: VecDeque<(EventId, Event)>,
+    batch: VecDeque<(EventId, Option<Event>)>,
 }
 
 impl Subscription {
-    async fn next(&mut self) -> Result<(EventId, Event), EventError> {
+    async fn next(&mut self) -> Result<(EventId, Event), sqlx::Error> {
         loop {
-            if let Some(event) = self.batch.pop_front() {
-                self.after = event.0;
-                return Ok(event);
+            while let Some((id, event)) = self.batch.pop_front() {
+                self.after = id;
+                if let Some(event) = event {
+                    return Ok((id, event));
+                }
             }
             // Marked as seen before the log is read: what commits in between wakes us again.
             self.wake.mark_unchanged();
@@ -228,7 +218,7 @@ impl Subscription {
                     continue;
                 }
                 Ok(_) => {}
-                Err(EventError::Database(error)) if store::is_transient(&error) => {
+                Err(error) if store::is_transient(&error) => {
                     tracing::debug!(subject = %self.subject, %error, "the event log does not answer, waiting");
                 }
                 Err(error) => return Err(error),

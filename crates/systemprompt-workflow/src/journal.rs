@@ -17,6 +17,7 @@
 //! | Unwinding | `UndoFail(i)`, i Undoing | Stuck, heading back |
 //! | Queued, Running, Unwinding | `Park` | Stuck: this worker cannot read the operation |
 //! | Stuck | `Resume` | Running or Unwinding, attempts counted anew |
+//! | Stuck | given up (`give_up_stuck`, by who takes away by name what is left) | Failed |
 //!
 //! Everything else is an [`IllegalTransition`]. A transient error is no transition: the mark stays Started or
 //! Undoing, and the next attempt counts up. Stored in `operations` and `operation_steps`.

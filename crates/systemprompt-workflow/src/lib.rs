@@ -24,7 +24,7 @@ pub use crash::crash_point;
 pub use db::Db;
 pub use engine::{Engine, EngineConfig};
 pub use queue::{
-    CancelOutcome, EnqueueError, Enqueued, NewOperation, StuckOperation, active_for, enqueue, operation,
+    CancelOutcome, EnqueueError, Enqueued, NewOperation, StuckOperation, active_for, enqueue, give_up_stuck, operation,
     release_leases, request_cancel, retry_stuck, stuck,
 };
 pub use retry::Retry;

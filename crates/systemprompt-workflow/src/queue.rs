@@ -158,6 +158,24 @@ pub async fn active_for(executor: impl PgExecutor<'_>, subject: Subject) -> Resu
     Ok(ids.into_iter().map(OperationId::from_uuid).collect())
 }
 
+/// Ends the parked operations of a subject as failed, in the caller's transaction: whatever they left is taken away
+/// by an operation that finds it by name. Says how many.
+///
+/// # Errors
+/// The database refused or does not answer.
+pub async fn give_up_stuck(tx: &mut PgTransaction<'_>, subject: Subject) -> Result<u64, sqlx::Error> {
+    let ended = sqlx::query!(
+        "UPDATE operations
+         SET status = 'failed', failure = coalesce(failure, parked), parked = NULL, parked_unwinding = NULL,
+             finished_at = clock_timestamp()
+         WHERE subject = $1 AND status = 'stuck'",
+        subject.to_string()
+    )
+    .execute(&mut **tx)
+    .await?;
+    Ok(ended.rows_affected())
+}
+
 /// Gives up every lease that `worker` holds, so that its operations are adopted at once; says how many.
 ///
 /// Only for a caller who knows that no process of that name runs. Whatever such a process still wrote, heartbeats

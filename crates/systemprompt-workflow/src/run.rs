@@ -1,7 +1,9 @@
 //! One claimed operation, from its journal to rest or to the loss of its lease.
 
 use crate::{
-    Completion, Db, Probe, Step, StepContext, StepError, Workflow, crash_point, events,
+    Completion, Db, Probe, Step, StepContext, StepError, Workflow,
+    crash::is_skipped,
+    crash_point, events,
     journal::{IllegalTransition, Journal, Mark, Next, Phase, Plan, PlannedStep, Transition},
     retry,
     step::Undo,
@@ -268,9 +270,13 @@ impl<W: Workflow> Run<W> {
 
         let step = &self.registration.steps[index];
         let (act, probe) = (step.act.clone(), step.probe.clone().filter(|_| unknown));
+        let skipped = is_skipped(W::NAME, step.name, "");
         let cancel = if self.journal.can_cancel() { self.ticket.cancel.clone() } else { CancellationToken::new() };
         let (cx, state) = (self.context(index, cancel.clone()), self.state.clone());
         let work = async move {
+            if skipped {
+                return Ok(Completion::new(state));
+            }
             if let Some(probe) = probe
                 && let Probe::Done(completion) = probe(cx.clone(), state.clone()).await?
             {
@@ -295,11 +301,12 @@ impl<W: Workflow> Run<W> {
         // An undo cannot be cancelled, so its token never fires.
         let never = CancellationToken::new();
         let (cx, state) = (self.context(index, never.clone()), self.state.clone());
-        let undo = self.registration.steps[index].undo.clone();
+        let step = &self.registration.steps[index];
+        let (undo, skipped) = (step.undo.clone(), is_skipped(W::NAME, step.name, ".undo"));
         let work = async move {
             match undo {
-                Undo::By(undo) => undo(cx, state).await,
-                Undo::NotNeeded => Ok(Completion::new(state)),
+                Undo::By(undo) if !skipped => undo(cx, state).await,
+                Undo::By(_) | Undo::NotNeeded => Ok(Completion::new(state)),
             }
         };
         match self.guard(index, work, &never).await {
@@ -358,15 +365,16 @@ impl<W: Workflow> Run<W> {
                     self.write(None, Write { error: Some(text), keep, ..Write::of(Some(index)) }).await?;
                     return Err(End::Written);
                 }
+                // The reason may name paths and addresses of ours; it is stored with the step.
                 None => ApiError::new(
                     ErrorCode::Unavailable,
-                    format!("step {} still failed after {attempts} attempts: {reason}", step.name),
+                    format!("step {} still failed after {attempts} attempts", step.name),
                 ),
             },
         };
         tracing::warn!(
             operation.id = %self.ticket.lease.operation, workflow = W::NAME, step = step.name, ?side,
-            error = %failure, "a step gave up"
+            error = %failure, reason = text, "a step gave up"
         );
         let transition = match side {
             Side::Act => Transition::Fail(index, failure),
@@ -387,6 +395,11 @@ impl<W: Workflow> Run<W> {
             Some(transition) => self.journal.clone().apply(transition).map_err(End::Bug)?,
             None => self.journal.clone(),
         };
+        let mut events = write.events;
+        if let Phase::Stuck { because, .. } = next.phase() {
+            let cx = self.context(write.step.unwrap_or_default(), self.ticket.cancel.clone());
+            events.extend(W::parked(&cx, &self.state, because));
+        }
         let asked_at = Instant::now();
         let mut tx = match write.tx {
             Some(tx) => tx,
@@ -407,7 +420,7 @@ impl<W: Workflow> Run<W> {
             let change = StepChange { position, name, mark: next.mark(position), error: write.error.as_deref() };
             store::save_step(&mut tx, lease.operation, change).await?;
         }
-        events::append_all(&mut tx, &write.events, lease.operation).await?;
+        events::append_all(&mut tx, &events, lease.operation).await?;
         tx.commit().await?;
         self.ticket.extend(asked_at);
         self.journal = next;
@@ -459,7 +472,6 @@ impl<W: Workflow> Run<W> {
             attempt,
             failure: self.journal.phase().failure().cloned(),
             cancel,
-            lease: self.ticket.lease,
         }
     }
 

@@ -1,9 +1,9 @@
-use crate::{Db, Retry, events, store};
+use crate::{Db, Retry, store};
 use futures_util::future::BoxFuture;
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::PgTransaction;
 use std::{fmt, sync::Arc};
-use systemprompt_contract::{ApiError, ErrorCode, Event, EventId, OperationId, Subject};
+use systemprompt_contract::{ApiError, ErrorCode, Event, OperationId, Subject};
 use tokio_util::sync::CancellationToken;
 
 /// A fixed list of steps with a typed state. The value itself is the input, stored with the operation.
@@ -16,6 +16,11 @@ pub trait Workflow: Serialize + DeserializeOwned + Clone + Send + Sync + 'static
     type State: Default + Clone + Serialize + DeserializeOwned + Send + Sync + 'static;
     /// The steps in their order. Names are unique and never renamed; new steps go to the end.
     fn steps() -> Vec<Step<Self>>;
+    /// What is published in the commit that parks an operation, since nothing else will be said until somebody
+    /// resumes it. `cx.failure` is there when it was unwinding; `because` is what it could not get over.
+    fn parked(_cx: &StepContext<Self>, _state: &Self::State, _because: &ApiError) -> Vec<(Subject, Event)> {
+        Vec::new()
+    }
 }
 
 /// What an act or an undo is called with.
@@ -35,7 +40,6 @@ pub struct StepContext<W: Workflow> {
     /// Cancelled when somebody asked for the operation to end. Long waits should watch it; a step that does not
     /// come back within a few seconds is dropped where it waits.
     pub cancel: CancellationToken,
-    pub(crate) lease: store::Lease,
 }
 
 impl<W: Workflow> Clone for StepContext<W> {
@@ -48,7 +52,6 @@ impl<W: Workflow> Clone for StepContext<W> {
             attempt: self.attempt,
             failure: self.failure.clone(),
             cancel: self.cancel.clone(),
-            lease: self.lease,
         }
     }
 }
@@ -60,28 +63,6 @@ impl<W: Workflow> fmt::Debug for StepContext<W> {
             .field("operation", &self.operation)
             .field("attempt", &self.attempt)
             .finish_non_exhaustive()
-    }
-}
-
-impl<W: Workflow> StepContext<W> {
-    /// Waits until somebody asks for the operation to end.
-    pub async fn cancelled(&self) {
-        self.cancel.cancelled().await;
-    }
-
-    /// Publishes progress at once, in a transaction of its own. A repeated attempt publishes it again.
-    ///
-    /// # Errors
-    /// Transient: the database does not answer, or another worker has taken the operation over; then nothing was
-    /// written.
-    pub async fn emit_now(&self, subject: Subject, event: Event) -> Result<EventId, StepError> {
-        let mut tx = self.db.begin().await?;
-        if !self.lease.hold(&mut tx).await? {
-            return Err(StepError::Transient("another worker took the operation over".to_owned()));
-        }
-        let id = events::append(&mut tx, subject, &event, Some(self.operation)).await?;
-        tx.commit().await?;
-        Ok(id)
     }
 }
 
@@ -134,7 +115,8 @@ pub enum Probe<S> {
 /// Why a step did not complete.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StepError {
-    /// May pass: tried again after a pause, and unwound when the attempts are used up. The text is for operators.
+    /// May pass: tried again after a pause, and unwound when the attempts are used up. The text is for operators:
+    /// it stands with the step and goes no further.
     #[error("{0}")]
     Transient(String),
     /// Will not pass: the operation unwinds. The error is what the outside sees.

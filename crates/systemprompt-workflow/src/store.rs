@@ -6,7 +6,7 @@ use crate::{
     journal::{Heading, Mark, Phase, StoredStep},
 };
 use serde_json::Value;
-use sqlx::{PgConnection, PgPool, PgTransaction};
+use sqlx::{PgConnection, PgPool};
 use std::time::Duration;
 use systemprompt_contract::{ApiError, ErrorCode, OperationId, OperationStatus};
 use uuid::Uuid;
@@ -22,20 +22,6 @@ pub(crate) struct Lease {
     pub(crate) fence: i64,
     /// How far each write and each heartbeat pushes the deadline.
     pub(crate) length: Duration,
-}
-
-impl Lease {
-    /// Locks the operation's row until the transaction ends; false when the lease is lost.
-    pub(crate) async fn hold(&self, tx: &mut PgTransaction<'_>) -> Result<bool, sqlx::Error> {
-        let row = sqlx::query_scalar!(
-            "SELECT fence FROM operations WHERE id = $1 AND fence = $2 AND worker IS NOT NULL FOR SHARE",
-            self.operation.uuid(),
-            self.fence
-        )
-        .fetch_optional(&mut **tx)
-        .await?;
-        Ok(row.is_some())
-    }
 }
 
 /// An operation this worker has just got the lease of.

@@ -75,7 +75,10 @@ async fn delete_converges_from_every_boundary() -> anyhow::Result<()> {
     let mut stack = Stack::start().await?;
     let tenant = stack.provision("crashing").await?;
     stack.deploy(&tenant).await?;
-    through(&mut stack, &points("delete_tenant", &DELETE), async |stack| {
+    let mut points = points("delete_tenant", &DELETE);
+    let inside = points.iter().position(|point| point == "delete_tenant.database.after_act").context("point")?;
+    points.insert(inside, "databases.drop.after_database".to_owned());
+    through(&mut stack, &points, async |stack| {
         let path = format!("{}?purge=true", paths::tenant(tenant.id, ""));
         drop(stack.call(Method::DELETE, &path, None).await);
     })
@@ -149,7 +152,7 @@ async fn an_upload_goes_on_after_the_control_plane_was_killed_in_the_middle() ->
 }
 
 /// The world as it must be, once what still runs has ended.
-async fn settled(stack: &Stack, tenants: &[TenantId], running: &[TenantId]) -> anyhow::Result<()> {
+pub(crate) async fn settled(stack: &Stack, tenants: &[TenantId], running: &[TenantId]) -> anyhow::Result<()> {
     let mut last = String::new();
     until("the world is as the rows say", async || {
         let checked = match World::look(stack).await {
@@ -181,6 +184,105 @@ async fn a_failing_deploy_unwinds_from_every_boundary() -> anyhow::Result<()> {
     let (status, _) = stack.get(&tenant, "/").await?;
     ensure!(status == 200, "the old release still serves: {status}");
     settled(&stack, &[tenant.id], &[tenant.id]).await
+}
+
+/// Healthy once is not healthy now: the new app dies while nobody is there to see it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_that_died_after_its_probe_is_not_switched_to() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    let tenant = stack.provision("doubtful").await?;
+    TestApp { behaviour: "healthy", text: "first" }.release(&stack, &tenant).await?;
+    let old = app_processes(&tenant)?;
+    let second = TestApp { behaviour: "healthy", text: "second" }.push(&stack, &tenant).await?;
+    stack.terminate()?;
+    stack.serve_edge()?;
+    let point = Some("deploy_tenant.probe.after_commit");
+    stack.serve(&Start { crash_point: point, without_edge: true, ..Start::default() })?;
+    let stop = tokio_util::sync::CancellationToken::new();
+    let url = format!("{}/", tenant.url);
+    let load = tokio::spawn(e2e::open_loop(stack.client().clone(), url, 20, stop.clone()));
+    let operation = second.submit(&stack, &tenant).await?;
+    stack.wait_died()?;
+    for process in app_processes(&tenant)?.into_iter().filter(|process| !old.contains(process)) {
+        let process = rustix::process::Pid::from_raw(process).context("a process")?;
+        rustix::process::kill_process(process, rustix::process::Signal::KILL)?;
+    }
+    until("the new app is dead", async || app_processes(&tenant).is_ok_and(|left| left == old)).await?;
+
+    stack.serve(&Start { without_edge: true, ..Start::default() })?;
+    let view = e2e::wait_over(&stack, &operation).await?;
+    ensure!(view["status"] == "failed" && view["error"]["code"] == "app_crashed", "{view}");
+    stack.wait_status(&tenant, "running").await?;
+    let (status, body) = stack.get(&tenant, "/").await?;
+    ensure!(status == 200 && body == "first", "{status} {body}");
+    stop.cancel();
+    let report = load.await?;
+    ensure!(report.sent > 0 && report.failed == 0, "{report:?}");
+    settled(&stack, &[tenant.id], &[tenant.id]).await
+}
+
+/// Pids of the tenant's app, oldest first.
+fn app_processes(tenant: &e2e::TenantRef) -> anyhow::Result<Vec<i32>> {
+    let mut found = Vec::new();
+    let wanted = format!("TENANT_ID={}", tenant.id);
+    for process in std::fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Ok(environment) = std::fs::read(process.path().join("environ")) else { continue };
+        let Ok(command) = std::fs::read_to_string(process.path().join("comm")) else { continue };
+        if command.trim() == "systemprompt" && environment.split(|b| *b == 0).any(|text| text == wanted.as_bytes()) {
+            found.push(pid);
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Whoever stops the cloud in the middle of a deploy stops the new instance too: that is not the app's failure.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deploy_goes_on_after_the_cloud_was_stopped() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    let tenant = stack.provision("interrupted").await?;
+    let app = TestApp { behaviour: "healthy", text: "there" }.push(&stack, &tenant).await?;
+    stack.terminate()?;
+    stack.serve(&Start { crash_point: Some("deploy_tenant.launch.after_commit"), ..Start::default() })?;
+    let operation = app.submit(&stack, &tenant).await?;
+    stack.wait_died()?;
+    stack.stop_what_is_left()?;
+    stack.serve(&Start::default())?;
+    let view = e2e::wait_over(&stack, &operation).await?;
+    ensure!(view["status"] == "succeeded", "{view}");
+    settled(&stack, &[tenant.id], &[tenant.id]).await?;
+    let (status, body) = stack.get(&tenant, "/").await?;
+    ensure!(status == 200 && body == "there", "{status} {body}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_that_dies_under_the_control_plane_is_started_again() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("before").await?;
+    stack.kill_clusters()?;
+    until("the control plane answers again", async || stack.status(&tenant).await.is_ok()).await?;
+    let after = stack.provision("after").await?;
+    settled(&stack, &[tenant.id, after.id], &[]).await
+}
+
+/// These tests can fail: a step that does nothing is seen, whatever the journal says.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_step_is_seen() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    let checkout = stack.order("broken").await?;
+    stack.terminate()?;
+    let skip = Some("provision_tenant.database");
+    stack.serve(&Start { skip, crash_point: Some("provision_tenant.database.after_act"), ..Start::default() })?;
+    drop(stack.confirm(&checkout).await);
+    stack.wait_died()?;
+    stack.serve(&Start { skip, ..Start::default() })?;
+    let tenant = stack.bought(&checkout).await?;
+    stack.wait_status(&tenant, "awaiting_deploy").await?;
+    let checked = World::look(&stack).await?.check(&[tenant.id], &[]);
+    ensure!(checked.as_ref().is_err_and(|error| error.to_string().contains("databases")), "{checked:?}");
+    Ok(())
 }
 
 /// The look at the world can fail, and what it finds is taken away: a database, an app that no row knows.

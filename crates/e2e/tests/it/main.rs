@@ -3,6 +3,7 @@
 mod access;
 mod browser;
 mod crash;
+mod deletion;
 mod edge;
 mod faults;
 mod logs;

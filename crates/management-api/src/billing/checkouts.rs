@@ -143,7 +143,6 @@ pub(super) struct Order {
     pub(super) name: TenantName,
     pub(super) region: Region,
     pub(super) memory_mb: u32,
-    pub(super) volume_gb: u32,
 }
 
 /// Marks an open checkout confirmed, to become `tenant`; none when there is no such checkout or it was confirmed.
@@ -155,7 +154,7 @@ pub(super) async fn confirm(
     let row = sqlx::query!(
         "UPDATE checkouts SET status = 'confirmed', tenant_id = $2, confirmed_at = now()
          WHERE id = $1 AND status = 'open'
-         RETURNING account_id, tenant_name, region, memory_mb, volume_gb",
+         RETURNING account_id, tenant_name, region, memory_mb",
         id.uuid(),
         tenant.uuid(),
     )
@@ -167,7 +166,6 @@ pub(super) async fn confirm(
             name: parsed(&row.tenant_name)?,
             region: parsed(&row.region)?,
             memory_mb: u32::try_from(row.memory_mb).map_err(decode)?,
-            volume_gb: u32::try_from(row.volume_gb).map_err(decode)?,
         })
     })
     .transpose()

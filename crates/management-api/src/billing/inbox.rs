@@ -3,7 +3,7 @@
 //! | delivery | answer | effect |
 //! |---|---|---|
 //! | forged, altered, stale, no JSON | 403 or 400 | none |
-//! | fresh confirmation of an open checkout | accepted | checkout confirmed, provision enqueued, two events |
+//! | fresh confirmation of an open checkout | accepted | checkout confirmed, tenant's row, provision enqueued, two events |
 //! | fresh, but unknown kind or checkout, or confirmed before | accepted | the event is kept as `ignored` |
 //! | seen before, in any order, however often | accepted | none |
 //!
@@ -13,7 +13,14 @@ use super::{
     checkouts,
     signature::{Signature, SignatureError},
 };
-use crate::{http::error::Failure, seal::Sealer, tenants::provision::ProvisionTenant};
+use crate::{
+    http::error::Failure,
+    seal::Sealer,
+    tenants::{
+        provision::ProvisionTenant,
+        store::{self, NewTenant},
+    },
+};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sqlx::PgTransaction;
@@ -203,17 +210,20 @@ async fn apply(tx: &mut PgTransaction<'_>, event: &ManualEvent) -> Result<Receip
     let Some(checkout) = event.confirms() else { return Ok(Receipt::Ignored) };
     let tenant = TenantId::new();
     let Some(order) = checkouts::confirm(tx, checkout, tenant).await? else { return Ok(Receipt::Ignored) };
-    let provision = ProvisionTenant {
-        tenant,
-        checkout,
-        account: order.account,
-        name: order.name,
-        region: order.region,
-        memory_mb: order.memory_mb,
-        volume_gb: order.volume_gb,
-    };
+    let provision = ProvisionTenant { tenant, checkout, name: order.name };
     let new = NewOperation { input: &provision, subject: Subject::Tenant(tenant), key: &event.event_id };
     let operation = enqueue(tx, new).await?.id;
+    // With the id that is handed out goes the row that answers to it.
+    let row = NewTenant {
+        id: tenant,
+        account: order.account,
+        checkout,
+        name: &provision.name,
+        region: order.region,
+        memory_mb: order.memory_mb,
+        operation,
+    };
+    store::insert(tx, &row).await?;
     announce(tx, &provision, operation).await?;
     sqlx::query!(
         "UPDATE inbox_events SET outcome = $2 WHERE event_id = $1",

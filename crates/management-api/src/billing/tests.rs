@@ -7,6 +7,7 @@ use super::{
 use crate::{
     identity::{Principal, Role, testing::TestDatabase},
     seal::Sealer,
+    tenants::store,
 };
 use axum::{
     Extension, Router,
@@ -19,7 +20,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
 use systemprompt_contract::{
-    AccountId, CheckoutCreated, CheckoutId, CheckoutState, Data, ErrorBody, ErrorCode, EventId, Subject,
+    AccountId, CheckoutCreated, CheckoutId, CheckoutState, Data, ErrorBody, ErrorCode, EventId, Subject, TenantPhase,
 };
 use systemprompt_workflow::events;
 use tower::ServiceExt as _;
@@ -223,15 +224,15 @@ async fn a_confirmation_enqueues_one_provision_however_often_it_comes() {
 
     let input: Value =
         sqlx::query_scalar("SELECT input FROM operations").fetch_one(rig.database.db.pool()).await.unwrap();
-    assert_eq!(
-        input,
-        json!({ "tenant": tenant, "checkout": id, "account": rig.member, "name": "ada.lovelace", "region": "fra",
-                "memory_mb": 512, "volume_gb": 1 })
-    );
+    assert_eq!(input, json!({ "tenant": tenant, "checkout": id, "name": "ada.lovelace" }));
+    // The id that was handed out answers from this moment on.
+    let row = store::tenant(rig.database.db.pool(), tenant).await.unwrap().unwrap();
+    assert_eq!((row.account, row.name.as_str(), row.region.as_str()), (rig.member, "ada.lovelace", "fra"));
+    assert_eq!((row.memory_mb, row.phase), (512, TenantPhase::Provisioning));
     for (subject, checkout) in [(Subject::Checkout(id), json!(id)), (Subject::Tenant(tenant), Value::Null)] {
         let events = events::read_after(&rig.database.db, subject, EventId(0), 10).await.unwrap();
         assert_eq!(events.len(), 1);
-        let data: Value = serde_json::from_str(&events[0].1.data()).unwrap();
+        let data: Value = serde_json::from_str(&events[0].1.as_ref().unwrap().data()).unwrap();
         assert_eq!(data["event_type"], "subscription_created");
         assert_eq!((&data["checkout_session_id"], &data["tenant_id"]), (&checkout, &json!(tenant)));
         assert_eq!((&data["tenant_name"], &data["status"]), (&json!("ada.lovelace"), &json!("provisioning")));

@@ -112,10 +112,11 @@ async fn known(db: &Db) -> Result<Vec<TenantId>, sqlx::Error> {
 
 /// Enqueues the end of deleted tenants whose time has come.
 async fn purge(db: &Db) -> anyhow::Result<()> {
-    for tenant in store::due_for_purge(db.pool()).await? {
+    for (tenant, given_up) in store::due_for_purge(db.pool()).await? {
         let mut tx = db.begin().await?;
         let workflow = DeleteTenant { tenant, purge: true };
-        let key = format!("{tenant}:purge");
+        // One that failed keeps its key: the next one is another operation.
+        let key = given_up.map_or_else(|| format!("{tenant}:purge"), |failed| format!("{tenant}:purge:{failed}"));
         let operation =
             enqueue(&mut tx, NewOperation { input: &workflow, subject: Subject::Tenant(tenant), key: &key }).await?.id;
         sqlx::query!(

@@ -70,12 +70,31 @@ impl TenantDatabases {
         inside.close().await
     }
 
+    /// Whether [`Self::ensure`] came to its end: the last thing it changes is who owns the schema.
+    ///
+    /// # Errors
+    /// Those of the cluster; all are worth another try.
+    pub(crate) async fn is_complete(&self, name: &DatabaseName) -> Result<bool, sqlx::Error> {
+        if !self.exists(name).await? {
+            return Ok(false);
+        }
+        let mut inside = PgConnection::connect(&self.cluster.url(name.as_str())).await?;
+        let owner = sqlx::query_scalar::<_, String>(
+            "SELECT pg_get_userbyid(nspowner)::text FROM pg_namespace WHERE nspname = 'public'",
+        )
+        .fetch_optional(&mut inside)
+        .await?;
+        inside.close().await?;
+        Ok(owner.as_deref() == Some(name.as_str()))
+    }
+
     /// Drops database and role, whatever is left of them. Idempotent.
     ///
     /// # Errors
     /// Those of the cluster; all are worth another try.
     pub(crate) async fn drop(&self, name: &DatabaseName) -> Result<(), sqlx::Error> {
         self.admin.execute(AssertSqlSafe(format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)"))).await?;
+        systemprompt_workflow::crash_point("databases.drop.after_database");
         self.admin.execute(AssertSqlSafe(format!("DROP ROLE IF EXISTS {name}"))).await?;
         Ok(())
     }

@@ -1,14 +1,14 @@
 //! Deletion. The request itself takes the tenant out of every list and its host out of the routes; this workflow takes
-//! down what runs and, with `purge`, everything that is left. Deleting goes forward only: every step is repeated until it holds.
+//! down what runs and, with `purge`, everything that is left. Deleting goes forward only: every step is repeated until it
+//! holds, and one that cannot go on parks the operation.
 
 use super::{
     FOREVER,
-    provision::{Nothing, app_of, retry},
+    provision::{Nothing, again, destroy_app},
     store,
 };
 use crate::app::Infrastructure;
 use serde::{Deserialize, Serialize};
-use systemprompt_compute::DriverError;
 use systemprompt_contract::{AppName, Subject, TenantId};
 use systemprompt_workflow::{Completion, Step, StepContext, StepError, Workflow};
 
@@ -31,7 +31,7 @@ impl Workflow for DeleteTenant {
 
     fn steps() -> Vec<Step<Self>> {
         vec![
-            Step::new("settle", settle).retry(FOREVER).no_undo(FORWARD),
+            Step::new("settle", settle).retry(FOREVER).no_undo(FORWARD).pivot(),
             Step::new("stop", stop).retry(FOREVER).no_undo(FORWARD),
             Step::new("destroy", destroy).retry(FOREVER).no_undo(FORWARD),
             Step::new("database", drop_database).retry(FOREVER).no_undo(FORWARD),
@@ -41,13 +41,18 @@ impl Workflow for DeleteTenant {
     }
 }
 
-/// Waits until no other operation works on the tenant; the request has asked it to stop.
+/// Waits until no other operation works on the tenant; the request has asked it to stop. A parked one would never end
+/// and is given up: the steps below find by name whatever it left. Every error is worth another try, for this step
+/// makes the deletion irrevocable.
 async fn settle(cx: Cx, state: Nothing) -> Outcome {
-    let others = systemprompt_workflow::active_for(cx.db.pool(), Subject::Tenant(cx.input.tenant)).await?;
+    let subject = Subject::Tenant(cx.input.tenant);
+    let mut tx = cx.db.begin().await.map_err(again)?;
+    systemprompt_workflow::give_up_stuck(&mut tx, subject).await.map_err(again)?;
+    let others = systemprompt_workflow::active_for(&mut *tx, subject).await.map_err(again)?;
     if others.iter().any(|id| *id != cx.operation) {
-        return Err(StepError::Transient("another operation on this tenant is ending".to_owned()));
+        return Err(again("another operation on this tenant is ending"));
     }
-    Ok(Completion::new(state))
+    Ok(Completion::in_tx(state, tx))
 }
 
 async fn stop(cx: Cx, state: Nothing) -> Outcome {
@@ -63,26 +68,22 @@ async fn stop(cx: Cx, state: Nothing) -> Outcome {
 }
 
 async fn destroy(cx: Cx, state: Nothing) -> Outcome {
-    if cx.input.purge
-        && let Some(tenant) = store::tenant(cx.db.pool(), cx.input.tenant).await?
-    {
-        let app = app_of(&cx.app, &tenant).await.map_err(again)?;
-        cx.app.driver.destroy_app(&app).await.map_err(again)?;
+    if cx.input.purge {
+        destroy_app(&cx.app, cx.input.tenant).await?;
     }
     Ok(Completion::new(state))
 }
 
 async fn drop_database(cx: Cx, state: Nothing) -> Outcome {
     if cx.input.purge {
-        cx.app.databases.drop(&cx.input.tenant.slug().database()).await.map_err(retry)?;
+        cx.app.databases.drop(&cx.input.tenant.slug().database()).await.map_err(again)?;
     }
     Ok(Completion::new(state))
 }
 
 async fn remove_images(cx: Cx, state: Nothing) -> Outcome {
     if cx.input.purge {
-        let removed = cx.app.registry.remove_tenant(cx.input.tenant).await;
-        removed.map_err(|error| StepError::Transient(error.to_string()))?;
+        cx.app.registry.remove_tenant(cx.input.tenant).await.map_err(again)?;
     }
     Ok(Completion::new(state))
 }
@@ -105,9 +106,4 @@ async fn forget(cx: Cx, state: Nothing) -> Outcome {
 
 fn app_name(cx: &Cx) -> AppName {
     cx.input.tenant.slug().app_name()
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "used as map_err(again)")]
-fn again(error: DriverError) -> StepError {
-    StepError::Transient(error.to_string())
 }

@@ -3,9 +3,9 @@
 //! | step | does | undo |
 //! |---|---|---|
 //! | verify | the image is complete and has a command; with nothing live, requests wait from here on | the last `deployment` frame; phase and route back |
-//! | launch | an instance of exactly that digest, beside the old one | its last lines kept, stopped, removed |
+//! | launch | an instance of exactly that digest, beside the old one | its last lines kept, stopped |
 //! | probe | two healthy answers in a row | none: it only asks |
-//! | switch | route and release, one transaction: the point of no return | none: the release is live |
+//! | switch | two more, then route and release, one transaction: the point of no return | none: the release is live |
 //! | retire | every live edge serves the new route; the old instance drained and stopped | none |
 //! | finish | phase `running`, the last frame | none |
 //!
@@ -13,7 +13,7 @@
 
 use super::{
     FOREVER, databases,
-    provision::{app_of, driver_error, internal},
+    provision::{again, app_of, deleted, driver_error, gone, internal},
     routes, secrets,
     state::TenantEvent,
     store::{self, Moved},
@@ -23,14 +23,14 @@ use futures_util::StreamExt as _;
 use serde::{Deserialize, Serialize};
 use sqlx::PgTransaction;
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
-use systemprompt_compute::{DriverError, InstanceHandle, InstanceSpec, InstanceState, LogStart};
+use systemprompt_compute::{DriverError, ExitReason, InstanceHandle, InstanceSpec, InstanceState, LogStart};
 use systemprompt_contract::{
     ApiError, DeploymentEvent, DeploymentId, DeploymentState, DeploymentStep, ErrorCode, Event, Secret, Subject,
     TenantId, paths,
 };
 use systemprompt_edge::{Route, Upstream, Why, probe};
 use systemprompt_registry::ImageError;
-use systemprompt_workflow::{Completion, Step, StepContext, StepError, Workflow};
+use systemprompt_workflow::{Completion, Probe, Step, StepContext, StepError, Workflow};
 use tokio::time::Instant;
 
 /// What to deploy; everything else stands in the deployment's row.
@@ -44,7 +44,6 @@ pub(crate) struct DeployTenant {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Progress {
     instance: Option<InstanceHandle>,
-    address: Option<SocketAddr>,
     /// The instance that served before.
     old: Option<InstanceHandle>,
     /// Generation of the route to the new instance.
@@ -70,12 +69,23 @@ impl Workflow for DeployTenant {
     fn steps() -> Vec<Step<Self>> {
         vec![
             Step::new("verify", verify).undo(undo_verify),
-            Step::new("launch", launch).undo(undo_launch),
+            Step::new("launch", launch).probe(find_launched).undo(undo_launch),
             Step::new("probe", wait_healthy).no_undo("it only asks"),
             Step::new("switch", switch).no_undo("it happened or it did not").pivot(),
             Step::new("retire", retire).retry(FOREVER).no_undo("the release is live"),
             Step::new("finish", finish).retry(FOREVER).no_undo("the release is live"),
         ]
+    }
+
+    fn parked(cx: &Cx, state: &Progress, because: &ApiError) -> Vec<(Subject, Event)> {
+        let (reason, what) = match &cx.failure {
+            Some(failure) => {
+                (failure, "What served before still serves, but the rest of this deploy could not be taken back")
+            }
+            None => (because, "The new release serves, but the deploy could not be brought to its end"),
+        };
+        let error = ApiError::new(reason.code, format!("{} {what}: an operator has to.", reason.message));
+        vec![(Subject::Tenant(cx.input.tenant), failed(cx, state, error.message.clone(), error))]
     }
 }
 
@@ -85,7 +95,7 @@ async fn verify(cx: Cx, state: Progress) -> Outcome {
     let message = format!("The image is complete: {}", deployment.digest);
     let mut tx = cx.db.begin().await?;
     let tenant = lock(&cx, &mut tx).await?;
-    if store::live_deployment(cx.db.pool(), tenant.id).await?.is_none() {
+    if store::live_deployment(&mut *tx, tenant.id).await?.is_none() {
         publish_unavailable(&cx, &mut tx, Why::Starting).await?;
     }
     Ok(told(&cx, Completion::in_tx(state, tx), DeploymentStep::VerifyImage, message))
@@ -96,7 +106,7 @@ async fn undo_verify(cx: Cx, state: Progress) -> Outcome {
     let error = cx.failure.clone().unwrap_or_else(|| ApiError::new(ErrorCode::Internal, "the deploy was given up"));
     let mut tx = cx.db.begin().await?;
     store::fail_deployment(&mut tx, cx.input.deployment, &error.to_string()).await?;
-    let live = store::live_deployment(cx.db.pool(), cx.input.tenant).await?;
+    let live = store::live_deployment(&mut *tx, cx.input.tenant).await?;
     let event = TenantEvent::DeployFailed { release_is_live: live.is_some() };
     match store::advance(&mut tx, cx.input.tenant, event, Moved::default()).await {
         Ok(_) if live.is_none() => publish_unavailable(&cx, &mut tx, Why::AwaitingDeploy).await?,
@@ -108,24 +118,36 @@ async fn undo_verify(cx: Cx, state: Progress) -> Outcome {
         Some(release) => format!("{error} The release {} still serves.", short(release.id)),
         None => error.to_string(),
     };
-    let logs = state.logs.clone();
-    let event = DeploymentEvent {
-        logs,
-        error: Some(error),
-        ..frame(&cx, DeploymentStep::Finish, DeploymentState::Failed, message)
-    };
-    Ok(Completion::in_tx(state, tx).event(Subject::Tenant(cx.input.tenant), Event::Deployment(event)))
+    let event = failed(&cx, &state, message, error);
+    Ok(Completion::in_tx(state, tx).event(Subject::Tenant(cx.input.tenant), event))
 }
 
-async fn launch(cx: Cx, mut state: Progress) -> Outcome {
+async fn launch(cx: Cx, state: Progress) -> Outcome {
+    let instance = launch_again(&cx).await?;
+    launched(&cx, state, instance).await
+}
+
+/// The instance of this deployment, if an earlier attempt came so far that it runs.
+async fn find_launched(cx: Cx, state: Progress) -> Result<Probe<Progress>, StepError> {
+    let found = cx.app.driver.instances().await.map_err(driver_error)?;
+    let runs = |state: &InstanceState| matches!(state, InstanceState::Running { .. });
+    match found.into_iter().find(|found| found.deployment == cx.input.deployment && runs(&found.state)) {
+        Some(found) => Ok(Probe::Done(launched(&cx, state, found.handle).await?)),
+        None => Ok(Probe::NotDone),
+    }
+}
+
+async fn launch_again(cx: &Cx) -> Result<InstanceHandle, StepError> {
     let tenant = store::tenant(cx.db.pool(), cx.input.tenant).await?.ok_or_else(gone)?;
-    let deployment = deployment(&cx).await?;
-    let instance = launch_release(&cx.app, cx.db.pool(), &tenant, &deployment).await?;
+    launch_release(&cx.app, cx.db.pool(), &tenant, &deployment(cx).await?).await
+}
+
+async fn launched(cx: &Cx, mut state: Progress, instance: InstanceHandle) -> Outcome {
     let mut tx = cx.db.begin().await?;
-    store::set_instance(&mut tx, deployment.id, Some(instance.as_str())).await?;
+    store::set_instance(&mut tx, cx.input.deployment, Some(instance.as_str())).await?;
     state.instance = Some(instance);
     Ok(told(
-        &cx,
+        cx,
         Completion::in_tx(state, tx),
         DeploymentStep::Launch,
         "Started the new release beside the old one.".to_owned(),
@@ -134,30 +156,43 @@ async fn launch(cx: Cx, mut state: Progress) -> Outcome {
 
 async fn undo_launch(cx: Cx, mut state: Progress) -> Outcome {
     // The launch may have happened without its journal entry: the driver is asked, not the journal.
-    let found = cx.app.driver.instances().await.map_err(driver_error)?;
+    let found = cx.app.driver.instances().await.map_err(again)?;
     for instance in found.into_iter().filter(|found| found.deployment == cx.input.deployment) {
         if state.logs.is_empty() {
             state.logs = last_lines(&cx.app, &instance.handle).await;
         }
-        cx.app.driver.stop(&instance.handle, cx.app.limits.stop_grace).await.map_err(driver_error)?;
+        cx.app.driver.stop(&instance.handle, cx.app.limits.stop_grace).await.map_err(again)?;
     }
     state.instance = None;
     Ok(Completion::new(state))
 }
 
-/// Waits for two 200s in a row from the health path, asked the way the edge will ask. An open port never counts.
-async fn wait_healthy(cx: Cx, mut state: Progress) -> Outcome {
-    let instance = state.instance.clone().ok_or_else(|| internal("no instance was launched"))?;
+async fn wait_healthy(cx: Cx, state: Progress) -> Outcome {
+    until_healthy(&cx, &state).await?;
+    Ok(told(&cx, Completion::new(state), DeploymentStep::Probe, "Two healthy answers in a row.".to_owned()))
+}
+
+/// Waits for two 200s in a row from the health path, asked the way the edge will ask, and says where they came from.
+/// An open port never counts.
+async fn until_healthy(cx: &Cx, state: &Progress) -> Result<SocketAddr, StepError> {
+    let mut instance = state.instance.clone().ok_or_else(|| internal("no instance was launched"))?;
+    let mut launched_again = false;
     let host = cx.input.tenant.slug().hostname(&cx.app.site.zone);
     let deadline = Instant::now() + cx.app.limits.healthy_within;
     let mut healthy = 0;
     let mut last = "it does not listen yet".to_owned();
     let mut pause = Duration::from_millis(10);
-    while healthy < HEALTHY_ANSWERS {
+    loop {
         if cx.cancel.is_cancelled() {
             return Err(StepError::Permanent(ApiError::new(ErrorCode::Cancelled, "the deploy was cancelled")));
         }
         match cx.app.driver.inspect(&instance).await.map_err(driver_error)? {
+            // Once: an app that ends so by itself is told from one that was stopped with the cloud by the second time.
+            ended if !launched_again && nobody_is_to_blame(&ended) => {
+                instance = launch_again(cx).await?;
+                launched_again = true;
+                healthy = 0;
+            }
             InstanceState::Exited { reason, .. } => return Err(crashed(&reason.to_string())),
             InstanceState::Absent => return Err(crashed("it is gone")),
             InstanceState::Starting => healthy = 0,
@@ -165,7 +200,9 @@ async fn wait_healthy(cx: Cx, mut state: Progress) -> Outcome {
                 match probe(&Upstream::Tcp(address), &host, paths::HEALTH, PROBE_TIMEOUT).await {
                     Ok(answer) if answer.status == 200 => {
                         healthy += 1;
-                        state.address = Some(address);
+                        if healthy == HEALTHY_ANSWERS {
+                            return Ok(address);
+                        }
                         continue;
                     }
                     Ok(answer) => {
@@ -185,16 +222,27 @@ async fn wait_healthy(cx: Cx, mut state: Progress) -> Outcome {
         tokio::time::sleep(pause).await;
         pause = (pause * 3 / 2).min(Duration::from_millis(250));
     }
-    Ok(told(&cx, Completion::new(state), DeploymentStep::Probe, "Two healthy answers in a row.".to_owned()))
+}
+
+/// The host was restarted, or the cloud was stopped and took its instances along (by SIGTERM): not the app's failure.
+const fn nobody_is_to_blame(state: &InstanceState) -> bool {
+    matches!(
+        state,
+        InstanceState::Absent
+            | InstanceState::Exited { reason: ExitReason::Unknown | ExitReason::Code(0) | ExitReason::Signal(15), .. }
+    )
 }
 
 /// Route and release in one transaction: before it nothing changed, after it the new release is live.
+///
+/// The probe is asked again: what it saw was stored, and this may be another process, hours later, with the app long
+/// dead.
 async fn switch(cx: Cx, mut state: Progress) -> Outcome {
-    let address = state.address.ok_or_else(|| internal("no healthy address"))?;
-    let old = store::live_deployment(cx.db.pool(), cx.input.tenant).await?;
+    let address = until_healthy(&cx, &state).await?;
     let slug = cx.input.tenant.slug();
     let mut tx = cx.db.begin().await?;
     let tenant = lock(&cx, &mut tx).await?;
+    let old = store::live_deployment(&mut *tx, tenant.id).await?;
     let route = Route::Tenant { slug: slug.clone(), upstream: Upstream::Tcp(address) };
     let generation = routes::publish(&mut tx, tenant.id, &slug.hostname(&cx.app.site.zone), Some(&route)).await?;
     store::make_live(&mut tx, tenant.id, cx.input.deployment).await?;
@@ -226,12 +274,18 @@ async fn retire(cx: Cx, state: Progress) -> Outcome {
 
 async fn finish(cx: Cx, state: Progress) -> Outcome {
     let mut tx = cx.db.begin().await?;
-    match store::advance(&mut tx, cx.input.tenant, TenantEvent::DeploySucceeded, Moved::default()).await {
-        Ok(_) | Err(store::MoveError::Illegal(_) | store::MoveError::Gone) => {}
+    let event = match store::advance(&mut tx, cx.input.tenant, TenantEvent::DeploySucceeded, Moved::default()).await {
+        Ok(_) => {
+            let live = "The release is live.".to_owned();
+            Event::Deployment(frame(&cx, DeploymentStep::Finish, DeploymentState::Succeeded, live))
+        }
+        Err(store::MoveError::Illegal(_) | store::MoveError::Gone) => {
+            let error = deleted();
+            failed(&cx, &state, error.message.clone(), error)
+        }
         Err(store::MoveError::Database(error)) => return Err(error.into()),
-    }
-    let event = frame(&cx, DeploymentStep::Finish, DeploymentState::Succeeded, "The release is live.".to_owned());
-    Ok(Completion::in_tx(state, tx).event(Subject::Tenant(cx.input.tenant), Event::Deployment(event)))
+    };
+    Ok(Completion::in_tx(state, tx).event(Subject::Tenant(cx.input.tenant), event))
 }
 
 /// An instance of a release: the first one of a deploy, or another after the last one ended. Idempotent.
@@ -266,7 +320,7 @@ async fn environment(
     pool: &sqlx::PgPool,
     tenant: &store::Tenant,
 ) -> Result<BTreeMap<String, Secret>, StepError> {
-    let mut secrets = secrets::open_all(pool, &infrastructure.seal, tenant.id).await.map_err(internal)?;
+    let mut secrets = secrets::open_all(pool, &infrastructure.seal, tenant.id).await?;
     let password = secrets
         .remove(secrets::DATABASE_PASSWORD)
         .ok_or_else(|| internal("the database password is missing among the tenant's secrets"))?;
@@ -317,6 +371,12 @@ fn told(cx: &Cx, completion: Completion<Progress>, step: DeploymentStep, message
     completion.event(Subject::Tenant(cx.input.tenant), Event::Deployment(event))
 }
 
+/// The last frame of a deploy that did not make it.
+fn failed(cx: &Cx, state: &Progress, message: String, error: ApiError) -> Event {
+    let frame = frame(cx, DeploymentStep::Finish, DeploymentState::Failed, message);
+    Event::Deployment(DeploymentEvent { error: Some(error), logs: state.logs.clone(), ..frame })
+}
+
 fn frame(cx: &Cx, step: DeploymentStep, state: DeploymentState, message: String) -> DeploymentEvent {
     DeploymentEvent {
         operation_id: cx.operation,
@@ -332,16 +392,6 @@ fn frame(cx: &Cx, step: DeploymentStep, state: DeploymentState, message: String)
 
 fn short(id: DeploymentId) -> String {
     id.to_string().chars().take(8).collect()
-}
-
-fn gone() -> StepError {
-    StepError::Permanent(ApiError::new(ErrorCode::Cancelled, "the tenant was deleted meanwhile"))
-}
-
-/// After the point of no return every driver error is tried again.
-#[allow(clippy::needless_pass_by_value, reason = "used as map_err(again)")]
-fn again(error: DriverError) -> StepError {
-    StepError::Transient(error.to_string())
 }
 
 fn crashed(reason: &str) -> StepError {

@@ -43,7 +43,7 @@ fn follow(
                 Some(Ok(sse::Event::default().id(id.0.to_string()).event(event.name()).data(event.data())))
             }
             Err(error) => {
-                // The subscription goes on by itself; the client loses nothing.
+                // The stream ends here; the client comes back with the last id it saw and loses nothing.
                 tracing::warn!(%error, "reading the event log");
                 None
             }

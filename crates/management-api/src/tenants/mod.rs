@@ -13,6 +13,8 @@ pub(crate) mod state;
 pub(crate) mod store;
 #[cfg(test)]
 pub(crate) mod testing;
+#[cfg(test)]
+mod workflow_tests;
 
 pub(crate) use handlers::{endpoints, me_tenants};
 

@@ -2,7 +2,7 @@
 //!
 //! | step | makes | undo |
 //! |---|---|---|
-//! | reserve | the tenant's row, and with it id, slug and names | phase `failed`, `provisioning_failed` |
+//! | reserve | nothing: the row came with the confirmation; `tenant_created` | phase `failed`, `provisioning_failed` |
 //! | secrets | generated, sealed | rows deleted |
 //! | app | app and volume at the driver | destroyed |
 //! | database | role and database | dropped |
@@ -12,28 +12,25 @@
 use super::{
     routes, secrets,
     state::TenantEvent,
-    store::{self, Moved, NewTenant},
+    store::{self, Moved},
 };
 use crate::app::Infrastructure;
 use serde::{Deserialize, Serialize};
+use sqlx::PgTransaction;
 use systemprompt_compute::{AppHandle, AppSpec, DriverError, Next};
 use systemprompt_contract::{
-    AccountId, ApiError, CheckoutId, ErrorCode, Event, ProvisioningEvent, ProvisioningEventType, Region, Subject,
-    TenantId, TenantName, TenantStatus,
+    ApiError, CheckoutId, ErrorCode, Event, ProvisioningEvent, ProvisioningEventType, Subject, TenantId, TenantName,
+    TenantPhase, TenantStatus,
 };
 use systemprompt_edge::{Route, Why};
-use systemprompt_workflow::{Completion, Step, StepContext, StepError, Workflow};
+use systemprompt_workflow::{Completion, Probe, Step, StepContext, StepError, Workflow};
 
-/// Everything phase 1 needs to know; stored with the operation.
+/// What to provision; everything else stands in the tenant's row.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct ProvisionTenant {
     pub(crate) tenant: TenantId,
     pub(crate) checkout: CheckoutId,
-    pub(crate) account: AccountId,
     pub(crate) name: TenantName,
-    pub(crate) region: Region,
-    pub(crate) memory_mb: u32,
-    pub(crate) volume_gb: u32,
 }
 
 /// What steps hand to later steps: nothing, since every name is derived from the tenant's id.
@@ -53,29 +50,27 @@ impl Workflow for ProvisionTenant {
             Step::new("reserve", reserve).undo(undo_reserve),
             Step::new("secrets", make_secrets).undo(undo_secrets),
             Step::new("app", make_app).undo(undo_app),
-            Step::new("database", make_database).undo(undo_database),
+            Step::new("database", make_database).probe(find_database).undo(undo_database),
             Step::new("route", publish_route).undo(undo_route),
             Step::new("ready", ready).no_undo("the last step: it happened or it did not"),
         ]
     }
+
+    fn parked(cx: &Cx, _: &Nothing, because: &ApiError) -> Vec<(Subject, Event)> {
+        let reason = cx.failure.as_ref().unwrap_or(because);
+        let text = format!(
+            "{} What was made for it could not all be taken back: an operator has to, or you delete the tenant.",
+            reason.message
+        );
+        events(cx, ProvisioningEventType::ProvisioningFailed, &text).into()
+    }
 }
 
 async fn reserve(cx: Cx, state: Nothing) -> Outcome {
-    let input = &cx.input;
     let mut tx = cx.db.begin().await?;
-    store::insert(
-        &mut tx,
-        &NewTenant {
-            id: input.tenant,
-            account: input.account,
-            checkout: input.checkout,
-            name: &input.name,
-            region: input.region,
-            memory_mb: input.memory_mb,
-            operation: cx.operation,
-        },
-    )
-    .await?;
+    if !lock_own(&mut tx, &cx).await? {
+        return Err(gone());
+    }
     Ok(announced(
         &cx,
         Completion::in_tx(state, tx),
@@ -97,8 +92,11 @@ async fn undo_reserve(cx: Cx, state: Nothing) -> Outcome {
     .await
     {
         Ok(_) => {}
-        // Deleted meanwhile, or never reserved: nothing to mark.
-        Err(store::MoveError::Gone | store::MoveError::Illegal(_)) => return Ok(Completion::in_tx(state, tx)),
+        // Deleted meanwhile: nothing to mark, but whoever follows the checkout still waits for its end.
+        Err(store::MoveError::Gone | store::MoveError::Illegal(_)) => {
+            let [to_checkout, _] = events(&cx, ProvisioningEventType::ProvisioningFailed, &reason);
+            return Ok(Completion::in_tx(state, tx).event(to_checkout.0, to_checkout.1));
+        }
         Err(store::MoveError::Database(error)) => return Err(error.into()),
     }
     Ok(announced(&cx, Completion::in_tx(state, tx), ProvisioningEventType::ProvisioningFailed, &reason))
@@ -106,7 +104,7 @@ async fn undo_reserve(cx: Cx, state: Nothing) -> Outcome {
 
 async fn make_secrets(cx: Cx, state: Nothing) -> Outcome {
     let mut tx = cx.db.begin().await?;
-    secrets::generate(&mut tx, &cx.app.seal, cx.input.tenant).await.map_err(internal)?;
+    secrets::generate(&mut tx, &cx.app.seal, cx.input.tenant).await?;
     Ok(announced(
         &cx,
         Completion::in_tx(state, tx),
@@ -122,36 +120,42 @@ async fn undo_secrets(cx: Cx, state: Nothing) -> Outcome {
 }
 
 async fn make_app(cx: Cx, state: Nothing) -> Outcome {
-    let input = &cx.input;
-    let tenant =
-        store::tenant(cx.db.pool(), input.tenant).await?.ok_or_else(|| internal("the tenant's row is gone"))?;
+    let tenant = store::tenant(cx.db.pool(), cx.input.tenant).await?.ok_or_else(gone)?;
     let handle = app_of(&cx.app, &tenant).await.map_err(driver_error)?;
     let mut tx = cx.db.begin().await?;
-    store::set_app_handle(&mut tx, input.tenant, Some(handle.as_str())).await?;
+    store::set_app_handle(&mut tx, tenant.id, Some(handle.as_str())).await?;
     Ok(Completion::in_tx(state, tx))
 }
 
 async fn undo_app(cx: Cx, state: Nothing) -> Outcome {
-    let Some(tenant) = store::tenant(cx.db.pool(), cx.input.tenant).await? else { return Ok(Completion::new(state)) };
-    let handle = app_of(&cx.app, &tenant).await.map_err(driver_error)?;
-    cx.app.driver.destroy_app(&handle).await.map_err(driver_error)?;
+    destroy_app(&cx.app, cx.input.tenant).await?;
     let mut tx = cx.db.begin().await?;
-    store::set_app_handle(&mut tx, tenant.id, None).await?;
+    store::set_app_handle(&mut tx, cx.input.tenant, None).await?;
     Ok(Completion::in_tx(state, tx))
 }
 
 async fn make_database(cx: Cx, state: Nothing) -> Outcome {
     let tenant = cx.input.tenant;
-    let mut secrets = secrets::open_all(cx.db.pool(), &cx.app.seal, tenant).await.map_err(internal)?;
+    let mut secrets = secrets::open_all(cx.db.pool(), &cx.app.seal, tenant).await?;
     let password = secrets
         .remove(secrets::DATABASE_PASSWORD)
         .ok_or_else(|| internal("the database password is missing among the tenant's secrets"))?;
-    cx.app.databases.ensure(&tenant.slug().database(), &password).await.map_err(retry)?;
-    Ok(announced(&cx, Completion::new(state), ProvisioningEventType::DatabaseCreated, "Created its database."))
+    cx.app.databases.ensure(&tenant.slug().database(), &password).await.map_err(again)?;
+    Ok(database_made(&cx, state))
+}
+
+/// Making a database is dear, and giving the role its password again would be one more thing to get wrong.
+async fn find_database(cx: Cx, state: Nothing) -> Result<Probe<Nothing>, StepError> {
+    let complete = cx.app.databases.is_complete(&cx.input.tenant.slug().database()).await.map_err(again)?;
+    Ok(if complete { Probe::Done(database_made(&cx, state)) } else { Probe::NotDone })
+}
+
+fn database_made(cx: &Cx, state: Nothing) -> Completion<Nothing> {
+    announced(cx, Completion::new(state), ProvisioningEventType::DatabaseCreated, "Created its database.")
 }
 
 async fn undo_database(cx: Cx, state: Nothing) -> Outcome {
-    cx.app.databases.drop(&cx.input.tenant.slug().database()).await.map_err(retry)?;
+    cx.app.databases.drop(&cx.input.tenant.slug().database()).await.map_err(again)?;
     Ok(Completion::new(state))
 }
 
@@ -159,6 +163,9 @@ async fn publish_route(cx: Cx, state: Nothing) -> Outcome {
     let slug = cx.input.tenant.slug();
     let host = slug.hostname(&cx.app.site.zone);
     let mut tx = cx.db.begin().await?;
+    if !lock_own(&mut tx, &cx).await? {
+        return Err(gone());
+    }
     routes::publish(&mut tx, cx.input.tenant, &host, Some(&Route::Unavailable { slug, why: Why::AwaitingDeploy }))
         .await?;
     Ok(Completion::in_tx(state, tx))
@@ -167,7 +174,10 @@ async fn publish_route(cx: Cx, state: Nothing) -> Outcome {
 async fn undo_route(cx: Cx, state: Nothing) -> Outcome {
     let host = cx.input.tenant.slug().hostname(&cx.app.site.zone);
     let mut tx = cx.db.begin().await?;
-    routes::publish(&mut tx, cx.input.tenant, &host, None).await?;
+    // A deletion has taken the route away itself.
+    if lock_own(&mut tx, &cx).await? {
+        routes::publish(&mut tx, cx.input.tenant, &host, None).await?;
+    }
     Ok(Completion::in_tx(state, tx))
 }
 
@@ -200,16 +210,48 @@ pub(super) async fn app_of(app: &Infrastructure, tenant: &store::Tenant) -> Resu
     app.driver.ensure_app(&spec).await
 }
 
-/// Adds the event to the tenant's and the checkout's stream.
+/// Destroys the tenant's app and its volume, found by name: nothing is made in order to be destroyed. An app that is
+/// not there is destroyed already, and every error is worth another try.
+pub(super) async fn destroy_app(app: &Infrastructure, tenant: TenantId) -> Result<(), StepError> {
+    let name = tenant.slug().app_name();
+    for found in app.driver.apps().await.map_err(again)?.into_iter().filter(|found| found.app == name) {
+        app.driver.destroy_app(&found.handle).await.map_err(again)?;
+    }
+    Ok(())
+}
+
+/// Locks the tenant's row; false when a deletion has taken the tenant over. Before any other lock, as the deletion
+/// does it, or the two could wait for each other.
+async fn lock_own(tx: &mut PgTransaction<'_>, cx: &Cx) -> Result<bool, sqlx::Error> {
+    let tenant = store::lock(tx, cx.input.tenant).await?;
+    Ok(tenant.is_some_and(|tenant| tenant.phase == TenantPhase::Provisioning))
+}
+
+pub(super) fn gone() -> StepError {
+    StepError::Permanent(deleted())
+}
+
+pub(super) fn deleted() -> ApiError {
+    ApiError::new(ErrorCode::Cancelled, "the tenant was deleted meanwhile")
+}
+
+/// Adds the event to the checkout's and the tenant's stream.
 fn announced(
     cx: &Cx,
     completion: Completion<Nothing>,
     event_type: ProvisioningEventType,
     message: &str,
 ) -> Completion<Nothing> {
-    completion
-        .event(Subject::Checkout(cx.input.checkout), event(cx, event_type, message, Some(cx.input.checkout)))
-        .event(Subject::Tenant(cx.input.tenant), event(cx, event_type, message, None))
+    let [to_checkout, to_tenant] = events(cx, event_type, message);
+    completion.event(to_checkout.0, to_checkout.1).event(to_tenant.0, to_tenant.1)
+}
+
+fn events(cx: &Cx, event_type: ProvisioningEventType, message: &str) -> [(Subject, Event); 2] {
+    let checkout = cx.input.checkout;
+    [
+        (Subject::Checkout(checkout), event(cx, event_type, message, Some(checkout))),
+        (Subject::Tenant(cx.input.tenant), event(cx, event_type, message, None)),
+    ]
 }
 
 fn event(cx: &Cx, event_type: ProvisioningEventType, message: &str, checkout: Option<CheckoutId>) -> Event {
@@ -248,10 +290,11 @@ pub(super) fn driver_error(error: DriverError) -> StepError {
     }
 }
 
-/// The tenants' cluster may be restarting; nothing it says ends a provision at once.
-#[allow(clippy::needless_pass_by_value, reason = "used as map_err(retry)")]
-pub(super) fn retry(error: sqlx::Error) -> StepError {
-    StepError::Transient(format!("the tenants' database cluster: {error}"))
+/// For undos, for what only goes forward and for the tenants' cluster, which may be restarting: whatever went wrong, the
+/// way is the same, and a full disk or a lost server comes back.
+#[allow(clippy::needless_pass_by_value, reason = "used as map_err(again)")]
+pub(super) fn again(error: impl ToString) -> StepError {
+    StepError::Transient(error.to_string())
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "used as map_err(internal)")]

@@ -3,7 +3,8 @@
 use crate::seal::Sealer;
 use sqlx::PgTransaction;
 use std::collections::BTreeMap;
-use systemprompt_contract::{Secret, TenantId, token};
+use systemprompt_contract::{ApiError, ErrorCode, Secret, TenantId, token};
+use systemprompt_workflow::StepError;
 
 /// Password of the tenant's database role; never handed to the instance by this name.
 pub(crate) const DATABASE_PASSWORD: &str = "DATABASE_PASSWORD";
@@ -19,6 +20,15 @@ pub(crate) enum SecretsError {
     Database(#[from] sqlx::Error),
     #[error("the secret {0} cannot be opened; was keys/seal.key replaced?")]
     Sealed(String),
+}
+
+impl From<SecretsError> for StepError {
+    fn from(error: SecretsError) -> Self {
+        match error {
+            SecretsError::Database(error) => error.into(),
+            SecretsError::Sealed(_) => Self::Permanent(ApiError::new(ErrorCode::Internal, error.to_string())),
+        }
+    }
 }
 
 /// Makes the secrets that every tenant has, keeping those that exist: a repeat changes nothing.

@@ -2,7 +2,7 @@
 
 use super::state::{self, TenantEvent};
 use chrono::{DateTime, Utc};
-use sqlx::{PgPool, PgTransaction};
+use sqlx::{PgExecutor, PgPool, PgTransaction};
 use systemprompt_contract::{
     AccountId, CheckoutId, DeploymentId, OperationId, Region, TenantId, TenantName, TenantPhase, TenantSlug,
     TenantStatus,
@@ -161,14 +161,17 @@ pub(crate) async fn serving(pool: &PgPool) -> Result<Vec<Tenant>, sqlx::Error> {
     Ok(rows.into_iter().map(Tenant::from).collect())
 }
 
-/// Deleted tenants whose data is due to go.
-pub(crate) async fn due_for_purge(pool: &PgPool) -> Result<Vec<TenantId>, sqlx::Error> {
-    let ids = sqlx::query_scalar!(
-        "SELECT id FROM tenants WHERE phase = 'deleted' AND purge_after <= now() AND active_operation IS NULL"
+/// Deleted tenants whose data is due to go and that no operation works on, with the last one that did not get there.
+pub(crate) async fn due_for_purge(pool: &PgPool) -> Result<Vec<(TenantId, Option<OperationId>)>, sqlx::Error> {
+    let rows = sqlx::query!(
+        "SELECT id, active_operation FROM tenants t
+         WHERE phase = 'deleted' AND purge_after <= now() AND NOT EXISTS (
+             SELECT 1 FROM operations o WHERE o.id = t.active_operation AND o.status NOT IN ('succeeded', 'failed'))"
     )
     .fetch_all(pool)
     .await?;
-    Ok(ids.into_iter().map(TenantId::from_uuid).collect())
+    let due = |id, active: Option<Uuid>| (TenantId::from_uuid(id), active.map(OperationId::from_uuid));
+    Ok(rows.into_iter().map(|row| due(row.id, row.active_operation)).collect())
 }
 
 /// Every tenant id there is, deleted ones included: what is not among them is an orphan.
@@ -315,9 +318,12 @@ pub(crate) async fn deployment(pool: &PgPool, id: DeploymentId) -> Result<Option
 }
 
 /// The release that serves.
-pub(crate) async fn live_deployment(pool: &PgPool, tenant: TenantId) -> Result<Option<Deployment>, sqlx::Error> {
+pub(crate) async fn live_deployment(
+    executor: impl PgExecutor<'_>,
+    tenant: TenantId,
+) -> Result<Option<Deployment>, sqlx::Error> {
     select_deployments!("tenant_id = $1 AND state = 'live'", tenant.uuid())
-        .fetch_optional(pool)
+        .fetch_optional(executor)
         .await?
         .map(Deployment::try_from)
         .transpose()

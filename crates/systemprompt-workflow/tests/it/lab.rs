@@ -201,6 +201,10 @@ impl Workflow for Build {
             Step::new("four", report).retry(FAST).no_undo("it only reports"),
         ]
     }
+    fn parked(cx: &StepContext<Self>, _: &Built, _: &ApiError) -> Vec<(Subject, Event)> {
+        let heading = if cx.failure.is_some() { "unwinding" } else { "forward" };
+        vec![(subject(), event(&format!("parked, {heading}")))]
+    }
 }
 
 pub(crate) fn outside<W: Workflow<Context = Site, State = Built>>(name: &'static str) -> Step<W> {

@@ -1,17 +1,17 @@
 //! Forward, back, retried, cancelled, parked.
 
-use crate::lab::{Build, Built, FAST, Lab, Site, Worker, event, is, message, outside, permanent, subject, wait_until};
+use crate::lab::{Build, Built, FAST, Lab, Site, Worker, is, message, outside, permanent, subject, wait_until};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 use systemprompt_contract::{ErrorCode, EventId, OperationStatus};
 use systemprompt_workflow::{
-    CancelOutcome, Completion, Step, StepError, Workflow, active_for, events::read_after, request_cancel, retry_stuck,
-    stuck,
+    CancelOutcome, Step, StepError, Workflow, active_for, events::read_after, give_up_stuck, request_cancel,
+    retry_stuck, stuck,
 };
 
 async fn messages(lab: &Lab) -> Vec<String> {
     let events = read_after(&lab.db, subject(), EventId(0), 100).await.unwrap();
-    events.iter().map(|(_, event)| message(event)).collect()
+    events.iter().filter_map(|(_, event)| event.as_ref()).map(message).collect()
 }
 
 #[tokio::test]
@@ -102,7 +102,7 @@ async fn a_transient_error_is_tried_again_after_growing_pauses() {
     assert_eq!(view.status, OperationStatus::Failed, "{:?}", site.calls());
     let error = view.error.unwrap();
     assert_eq!(error.code, ErrorCode::Unavailable);
-    assert_eq!(error.message, "step two still failed after 3 attempts: not now");
+    assert_eq!(error.message, "step two still failed after 3 attempts", "the reason is for operators");
     let times = times.lock().unwrap();
     assert_eq!(times.iter().map(|(_, attempt)| *attempt).collect::<Vec<_>>(), [1, 2, 3]);
     assert!(times[1].0 - times[0].0 >= FAST.first, "{times:?}");
@@ -167,7 +167,8 @@ async fn an_undo_that_gives_up_parks_the_operation_until_it_is_resumed() {
     let _worker = Worker::start::<Build>(&lab.db, site.clone());
     let view = lab.until_over(id).await;
     assert_eq!((view.status, view.step.as_deref()), (OperationStatus::Stuck, Some("two")));
-    assert!(view.error.unwrap().message.contains("the undo is broken too"));
+    assert_eq!(view.error.unwrap().message, "step two still failed after 3 attempts");
+    assert_eq!(messages(&lab).await, ["three is gone", "parked, unwinding"]);
     let parked = stuck(&lab.db).await.unwrap();
     assert_eq!(parked.len(), 1);
     assert_eq!((parked[0].view.id, parked[0].subject.clone()), (id, subject().to_string()));
@@ -183,6 +184,28 @@ async fn an_undo_that_gives_up_parks_the_operation_until_it_is_resumed() {
     assert!(lab.effects(id).await.is_empty());
     assert!(stuck(&lab.db).await.unwrap().is_empty());
     assert!(!retry_stuck(&lab.db, id).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_parked_operation_that_is_given_up_is_over() {
+    let lab = Lab::new().await;
+    let site = Site::hooked(&lab.db, async |call| match call.what.as_str() {
+        "act two" | "undo two" => Err(permanent("it is broken")),
+        _ => Ok(()),
+    });
+    let id = lab.enqueue(&Build {}).await;
+    let worker = Worker::start::<Build>(&lab.db, site);
+    lab.until(id, is(OperationStatus::Stuck)).await;
+    worker.stop().await;
+    let queued = lab.enqueue(&Build {}).await;
+    let mut tx = lab.db.begin().await.unwrap();
+    assert_eq!(give_up_stuck(&mut tx, crate::lab::other_subject()).await.unwrap(), 0);
+    assert_eq!(give_up_stuck(&mut tx, subject()).await.unwrap(), 1);
+    tx.commit().await.unwrap();
+    let view = lab.view(id).await;
+    assert_eq!((view.status, view.error.unwrap().message.as_str()), (OperationStatus::Failed, "it is broken"));
+    assert!(!retry_stuck(&lab.db, id).await.unwrap());
+    assert_eq!(active_for(lab.db.pool(), subject()).await.unwrap(), [queued]);
 }
 
 /// `pay` cannot be taken back.
@@ -313,38 +336,6 @@ impl Workflow for Slow {
         let retry = systemprompt_workflow::Retry { attempts: 2, first: hour, max: hour, jitter: 0.0 };
         let step = Step::new("slow", async |_, ()| Err(StepError::Transient("not yet".to_owned())));
         vec![step.retry(retry).no_undo("it does nothing")]
-    }
-}
-
-#[tokio::test]
-async fn progress_is_published_at_once() {
-    let lab = Lab::new().await;
-    let id = lab.enqueue(&Chatty {}).await;
-    let (told, hear) = tokio::sync::watch::channel(false);
-    let _worker = Worker::start::<Chatty>(&lab.db, hear);
-    wait_until("it talks", async || messages(&lab).await == ["working"]).await;
-    assert_eq!(lab.view(id).await.status, OperationStatus::Running);
-    told.send_replace(true);
-    lab.until(id, is(OperationStatus::Succeeded)).await;
-}
-
-/// Talks, then waits to be let go.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Chatty {}
-
-impl Workflow for Chatty {
-    const NAME: &'static str = "chatty";
-    type Context = tokio::sync::watch::Receiver<bool>;
-    type State = ();
-    fn steps() -> Vec<Step<Self>> {
-        vec![
-            Step::new("talk", async |cx: systemprompt_workflow::StepContext<Self>, ()| {
-                cx.emit_now(subject(), event("working")).await?;
-                let _ = cx.app.clone().wait_for(|go| *go).await;
-                Ok(Completion::new(()))
-            })
-            .no_undo("talk is cheap"),
-        ]
     }
 }
 

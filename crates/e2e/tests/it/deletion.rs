@@ -1,0 +1,51 @@
+//! Tenants go away, whenever and from wherever they are asked to.
+
+use crate::crash::settled;
+use anyhow::ensure;
+use e2e::{Stack, Start, TenantRef, TestApp, World, until};
+use reqwest::Method;
+use systemprompt_contract::paths;
+
+async fn delete(stack: &Stack, tenant: &TenantRef, purge: bool) -> anyhow::Result<String> {
+    let path = format!("{}?purge={purge}", paths::tenant(tenant.id, ""));
+    let accepted = stack.call(Method::DELETE, &path, None).await?;
+    Ok(accepted["data"]["operation_id"].as_str().unwrap_or_default().to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_deleted_without_purge_is_kept_until_it_is_due() -> anyhow::Result<()> {
+    use sqlx::Executor as _;
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("kept").await?;
+    TestApp { behaviour: "healthy", text: "here" }.release(&stack, &tenant).await?;
+    delete(&stack, &tenant, false).await?;
+    settled(&stack, &[tenant.id], &[]).await?;
+    let (status, _) = stack.get(&tenant, "/").await?;
+    ensure!(status == 502, "{status}");
+    let mut control = e2e::connect(&stack, "control", "systemprompt").await?;
+    control.execute("UPDATE tenants SET purge_after = now()").await?;
+    settled(&stack, &[], &[]).await
+}
+
+/// Its id is known from the confirmation on, and so is the tenant.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_can_be_deleted_while_it_is_made() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    for name in ["one", "two", "three"] {
+        let tenant = stack.buy(name).await?;
+        delete(&stack, &tenant, true).await?;
+    }
+    settled(&stack, &[], &[]).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_can_be_deleted_while_it_is_deployed_to() -> anyhow::Result<()> {
+    let stack = Stack::start_with(&Start { arguments: &["--healthy-within", "300"], ..Start::default() }).await?;
+    let tenant = stack.provision("gone").await?;
+    let app = TestApp { behaviour: "silent", text: "" }.push(&stack, &tenant).await?;
+    app.submit(&stack, &tenant).await?;
+    until("the new instance runs", async || World::look(&stack).await.is_ok_and(|world| world.instances.len() == 1))
+        .await?;
+    delete(&stack, &tenant, true).await?;
+    settled(&stack, &[], &[]).await
+}
