@@ -200,7 +200,8 @@ async fn a_release_that_died_after_its_probe_is_not_switched_to() -> anyhow::Res
     stack.serve(&Start { crash_point: point, without_edge: true, ..Start::default() })?;
     let stop = tokio_util::sync::CancellationToken::new();
     let url = format!("{}/", tenant.url);
-    let load = tokio::spawn(e2e::open_loop(stack.client().clone(), url, 20, stop.clone()));
+    let clients = e2e::LoadClients::new(&stack.ca_file(), &tenant.url)?;
+    let load = tokio::spawn(e2e::open_loop(clients, url, 20, stop.clone()));
     let operation = second.submit(&stack, &tenant).await?;
     stack.wait_died()?;
     for process in app_processes(&tenant)?.into_iter().filter(|process| !old.contains(process)) {

@@ -5,7 +5,7 @@ use e2e::{Stack, Start, TestApp, until};
 use std::{fs, process::Command};
 use systemprompt_contract::paths;
 
-const STOP: Start<'_> = Start { crash_point: None, without_edge: false, arguments: &["--on-stop", "stop"] };
+const STOP: Start<'_> = Start { crash_point: None, skip: None, without_edge: false, arguments: &["--on-stop", "stop"] };
 
 /// What a start that fails has to say.
 fn failing(stack: &mut Stack) -> anyhow::Result<String> {

@@ -102,7 +102,7 @@ impl Lab {
         let stop = CancellationToken::new();
         let engine = Engine::new(db.clone(), EngineConfig::default()).register::<W>(self.rig.infrastructure.clone());
         let engine = tokio::spawn(engine.run(stop.clone()));
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_mins(1);
         let view = loop {
             let view = operation(db, id).await.unwrap().unwrap();
             if view.status.is_over() {
@@ -214,7 +214,11 @@ impl Bought {
         let mut found = [String::new(), String::new()];
         for (found, subject) in found.iter_mut().zip([Subject::Tenant(self.tenant), Subject::Checkout(self.checkout)]) {
             let log = events::read_after(&self.db, subject, EventId(0), 100).await.unwrap();
-            let last = log.last().and_then(|(_, event)| event.as_ref()).map(|event| event.data()).unwrap_or_default();
+            let last = log
+                .last()
+                .and_then(|(_, event)| event.as_ref())
+                .map(systemprompt_contract::Event::data)
+                .unwrap_or_default();
             let last: serde_json::Value = serde_json::from_str(&last).unwrap_or_default();
             *found = last[field].as_str().unwrap_or("none").to_owned();
         }
