@@ -149,6 +149,22 @@ async fn names_with_odd_characters_are_kept_or_refused_with_a_reason() -> anyhow
     Ok(())
 }
 
+/// As many as the engine runs at once wait for apps that never answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn deploys_that_wait_hold_up_no_provision() -> anyhow::Result<()> {
+    let stack = Stack::start_with(&Start { arguments: &["--healthy-within", "300"], ..Start::default() }).await?;
+    for number in 0..16 {
+        let tenant = stack.provision(&format!("silent {number}")).await?;
+        TestApp { behaviour: "silent", text: "" }.push(&stack, &tenant).await?.submit(&stack, &tenant).await?;
+    }
+    until("all wait", async || World::look(&stack).await.is_ok_and(|world| world.instances.len() == 16)).await?;
+    stack.provision("quick").await?;
+    // They still wait: it was not one of their slots that became free.
+    let open = World::look(&stack).await?.open_operations;
+    ensure!(open.len() == 16, "{open:?}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_in_the_middle_of_a_deploy_changes_nothing() -> anyhow::Result<()> {
     let stack = Stack::start().await?;

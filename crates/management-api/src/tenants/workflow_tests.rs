@@ -4,6 +4,7 @@
 use super::{
     databases::TenantDatabases,
     delete::DeleteTenant,
+    deploy::DeployTenant,
     provision::ProvisionTenant,
     secrets::{self, SecretsError},
     store::{self, NewTenant},
@@ -18,8 +19,8 @@ use crate::{
 use std::{sync::Arc, time::Duration};
 use systemprompt_compute::AppSpec;
 use systemprompt_contract::{
-    AccountId, CheckoutId, ErrorCode, EventId, OperationId, OperationStatus, OperationView, Region, Secret, Subject,
-    TenantId, TenantPhase,
+    AccountId, CheckoutId, DeploymentId, ErrorCode, Event, EventId, OperationId, OperationStatus, OperationView,
+    Region, Secret, Subject, TenantId, TenantPhase,
 };
 use systemprompt_postgres::testing::TestCluster;
 use systemprompt_workflow::{
@@ -75,16 +76,33 @@ impl Lab {
         Self { database, rig: Rig { infrastructure, account }, _tenants: tenants, _directory: directory }
     }
 
-    /// Runs one operation to its end with an engine of its own.
-    async fn run<W: Workflow<Context = Infrastructure>>(&self, subject: Subject, input: &W) -> OperationView {
-        let db = &self.database.db;
-        let mut tx = db.begin().await.unwrap();
+    async fn enqueue<W: Workflow>(&self, subject: Subject, input: &W) -> OperationId {
+        let mut tx = self.database.db.begin().await.unwrap();
         let id = enqueue(&mut tx, NewOperation { input, subject, key: "under test" }).await.unwrap().id;
         tx.commit().await.unwrap();
+        id
+    }
+
+    /// As if these steps had been done already.
+    async fn have_done(&self, id: OperationId, steps: &[&str]) {
+        sqlx::query(
+            "INSERT INTO operation_steps (operation_id, position, name, mark, attempts)
+             SELECT $1, place - 1, name, 'done', 0 FROM unnest($2::text[]) WITH ORDINALITY AS step (name, place)",
+        )
+        .bind(id.uuid())
+        .bind(steps)
+        .execute(self.database.db.pool())
+        .await
+        .unwrap();
+    }
+
+    /// Runs one operation to its end with an engine of its own.
+    async fn run<W: Workflow<Context = Infrastructure>>(&self, id: OperationId) -> OperationView {
+        let db = &self.database.db;
         let stop = CancellationToken::new();
         let engine = Engine::new(db.clone(), EngineConfig::default()).register::<W>(self.rig.infrastructure.clone());
         let engine = tokio::spawn(engine.run(stop.clone()));
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_mins(1);
         let view = loop {
             let view = operation(db, id).await.unwrap().unwrap();
             if view.status.is_over() {
@@ -148,6 +166,10 @@ impl Bought {
         ProvisionTenant { tenant: self.tenant, checkout: self.checkout, name: "t".parse().unwrap() }
     }
 
+    fn deploy(&self) -> DeployTenant {
+        DeployTenant { tenant: self.tenant, deployment: DeploymentId::new() }
+    }
+
     /// As the call that deletes leaves it.
     async fn mark_deleted(&self) {
         sqlx::query("UPDATE tenants SET phase = 'deleted', purge_after = now() WHERE id = $1")
@@ -181,14 +203,22 @@ impl Bought {
 
     /// What the last event of the tenant's and of the checkout's stream is.
     async fn last_events(&self) -> [String; 2] {
-        let mut kinds = [String::new(), String::new()];
-        for (kind, subject) in kinds.iter_mut().zip([Subject::Tenant(self.tenant), Subject::Checkout(self.checkout)]) {
+        self.last("event_type").await
+    }
+
+    async fn last_messages(&self) -> [String; 2] {
+        self.last("message").await
+    }
+
+    async fn last(&self, field: &str) -> [String; 2] {
+        let mut found = [String::new(), String::new()];
+        for (found, subject) in found.iter_mut().zip([Subject::Tenant(self.tenant), Subject::Checkout(self.checkout)]) {
             let log = events::read_after(&self.db, subject, EventId(0), 100).await.unwrap();
-            let last = log.last().and_then(|(_, event)| event.as_ref()).map(|event| event.data()).unwrap_or_default();
+            let last = log.last().and_then(|(_, event)| event.as_ref()).map(Event::data).unwrap_or_default();
             let last: serde_json::Value = serde_json::from_str(&last).unwrap_or_default();
-            *kind = last["event_type"].as_str().unwrap_or("none").to_owned();
+            *found = last[field].as_str().unwrap_or("none").to_owned();
         }
-        kinds
+        found
     }
 }
 
@@ -306,7 +336,7 @@ async fn a_deletion_does_not_wait_for_what_is_parked() {
     .execute(lab.database.db.pool())
     .await
     .unwrap();
-    let view = lab.run(purged.subject(), &purged.input()).await;
+    let view = lab.run::<DeleteTenant>(lab.enqueue(purged.subject(), &purged.input()).await).await;
     assert_eq!(view.status, OperationStatus::Succeeded, "{view:?}");
     purged.check(Expected::Done).await.unwrap();
     let parked = operation(&lab.database.db, parked).await.unwrap().unwrap();
@@ -318,11 +348,72 @@ async fn a_provision_whose_tenant_is_deleted_ends_and_the_checkout_hears_of_it()
     let lab = Lab::start().await;
     let bought = Bought::new(&lab.database.db, lab.rig.clone()).await;
     bought.mark_deleted().await;
-    let view = lab.run(Subject::Tenant(bought.tenant), &bought.provision()).await;
+    let id = lab.enqueue(Subject::Tenant(bought.tenant), &bought.provision()).await;
+    let view = lab.run::<ProvisionTenant>(id).await;
     assert_eq!((view.status, view.error.unwrap().code), (OperationStatus::Failed, ErrorCode::Cancelled));
     let left = Found { phase: Some(TenantPhase::Deleted), secrets: 0, app: false, database: false, routed: false };
     assert_eq!(bought.found().await, left);
     assert_eq!(bought.last_events().await, ["none", "provisioning_failed"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provision_that_is_parked_says_so_and_can_be_deleted() {
+    let lab = Lab::start().await;
+    let bought = Bought::new(&lab.database.db, lab.rig.clone()).await;
+    let subject = Subject::Tenant(bought.tenant);
+    let id = lab.enqueue(subject, &bought.provision()).await;
+    lab.have_done(id, &["reserve", "secrets"]).await;
+    let failure = r#"{"code": "capacity_exhausted", "message": "there is no room."}"#;
+    sqlx::query("UPDATE operations SET status = 'unwinding', failure = $1::jsonb")
+        .bind(failure)
+        .execute(lab.database.db.pool())
+        .await
+        .unwrap();
+    // An undo that fails, and not in passing.
+    sqlx::raw_sql("ALTER TABLE tenant_secrets RENAME TO elsewhere").execute(lab.database.db.pool()).await.unwrap();
+    let view = lab.run::<ProvisionTenant>(id).await;
+    assert_eq!(view.status, OperationStatus::Stuck, "{view:?}");
+    assert_eq!(bought.last_events().await, ["provisioning_failed", "provisioning_failed"]);
+    let [said, _] = bought.last_messages().await;
+    assert!(said.starts_with("there is no room.") && said.contains("delete"), "{said}");
+
+    sqlx::raw_sql("ALTER TABLE elsewhere RENAME TO tenant_secrets").execute(lab.database.db.pool()).await.unwrap();
+    bought.mark_deleted().await;
+    let delete = DeleteTenant { tenant: bought.tenant, purge: true };
+    let view = lab.run::<DeleteTenant>(lab.enqueue(subject, &delete).await).await;
+    assert_eq!((view.status, bought.found().await.phase), (OperationStatus::Succeeded, None));
+}
+
+const BEFORE_RETIRE: [&str; 4] = ["verify", "launch", "probe", "switch"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deploy_that_is_parked_behind_the_switch_says_what_serves() {
+    let lab = Lab::start().await;
+    let bought = Bought::new(&lab.database.db, lab.rig.clone()).await;
+    let id = lab.enqueue(Subject::Tenant(bought.tenant), &bought.deploy()).await;
+    lab.have_done(id, &BEFORE_RETIRE).await;
+    sqlx::query(
+        "UPDATE operations SET status = 'running', state = '{\"old\": \"old\", \"generation\": 1, \"logs\": []}'",
+    )
+    .execute(lab.database.db.pool())
+    .await
+    .unwrap();
+    sqlx::raw_sql("ALTER TABLE edges RENAME TO elsewhere").execute(lab.database.db.pool()).await.unwrap();
+    let view = lab.run::<DeployTenant>(id).await;
+    assert_eq!(view.status, OperationStatus::Stuck, "{view:?}");
+    let [said, _] = bought.last_messages().await;
+    assert!(said.contains("The new release serves") && said.contains("operator"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deploy_whose_tenant_is_deleted_does_not_say_that_it_is_live() {
+    let lab = Lab::start().await;
+    let bought = Bought::new(&lab.database.db, lab.rig.clone()).await;
+    let id = lab.enqueue(Subject::Tenant(bought.tenant), &bought.deploy()).await;
+    lab.have_done(id, &BEFORE_RETIRE).await;
+    bought.mark_deleted().await;
+    assert_eq!(lab.run::<DeployTenant>(id).await.status, OperationStatus::Succeeded);
+    assert_eq!(bought.last_messages().await[0], "the tenant was deleted meanwhile");
 }
 
 #[tokio::test]
@@ -331,17 +422,14 @@ async fn a_purge_that_failed_is_found_again_and_one_that_runs_is_left_alone() {
     let db = &lab.database.db;
     let bought = Bought::new(db, lab.rig.clone()).await;
     bought.mark_deleted().await;
-    let mut tx = db.begin().await.unwrap();
     let workflow = DeleteTenant { tenant: bought.tenant, purge: true };
-    let new = NewOperation { input: &workflow, subject: Subject::Tenant(bought.tenant), key: "purge" };
-    let id = enqueue(&mut tx, new).await.unwrap().id;
+    let id = lab.enqueue(Subject::Tenant(bought.tenant), &workflow).await;
     sqlx::query("UPDATE tenants SET active_operation = $2 WHERE id = $1")
         .bind(bought.tenant.uuid())
         .bind(id.uuid())
-        .execute(&mut *tx)
+        .execute(db.pool())
         .await
         .unwrap();
-    tx.commit().await.unwrap();
     assert!(store::due_for_purge(db.pool()).await.unwrap().is_empty());
     sqlx::query("UPDATE operations SET status = 'failed', failure = '{}', finished_at = now()")
         .execute(db.pool())
