@@ -19,8 +19,8 @@ use crate::{
 use std::{sync::Arc, time::Duration};
 use systemprompt_compute::AppSpec;
 use systemprompt_contract::{
-    AccountId, CheckoutId, DeploymentId, ErrorCode, EventId, OperationId, OperationStatus, OperationView, Region,
-    Secret, Subject, TenantId, TenantPhase,
+    AccountId, CheckoutId, DeploymentId, ErrorCode, Event, EventId, OperationId, OperationStatus, OperationView,
+    Region, Secret, Subject, TenantId, TenantPhase,
 };
 use systemprompt_postgres::testing::TestCluster;
 use systemprompt_workflow::{
@@ -214,11 +214,7 @@ impl Bought {
         let mut found = [String::new(), String::new()];
         for (found, subject) in found.iter_mut().zip([Subject::Tenant(self.tenant), Subject::Checkout(self.checkout)]) {
             let log = events::read_after(&self.db, subject, EventId(0), 100).await.unwrap();
-            let last = log
-                .last()
-                .and_then(|(_, event)| event.as_ref())
-                .map(systemprompt_contract::Event::data)
-                .unwrap_or_default();
+            let last = log.last().and_then(|(_, event)| event.as_ref()).map(Event::data).unwrap_or_default();
             let last: serde_json::Value = serde_json::from_str(&last).unwrap_or_default();
             *found = last[field].as_str().unwrap_or("none").to_owned();
         }
