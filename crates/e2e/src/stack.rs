@@ -8,7 +8,7 @@ use std::{
     net::TcpListener,
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 use systemprompt_contract::{Secret, paths};
@@ -247,19 +247,8 @@ impl Stack {
     /// # Errors
     /// When it still runs after [`PATIENCE`], or ended in any other way.
     pub fn wait_died(&mut self) -> anyhow::Result<()> {
-        let mut child = self.running.take().context("nothing runs")?;
         let (point, log_so_far) = self.armed.take().context("no crash point is armed")?;
-        let deadline = Instant::now() + PATIENCE;
-        let status = loop {
-            if let Some(status) = child.try_wait()? {
-                break status;
-            }
-            if Instant::now() > deadline {
-                self.running = Some(child);
-                bail!("expected management-api to die at its crash point; it still runs:\n{}", self.log_tail());
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        };
+        let status = self.wait_ended()?;
         let log = fs::read(self.log_file())?;
         let log = String::from_utf8_lossy(&log[usize::try_from(log_so_far)?..]).into_owned();
         let said = log.lines().any(|line| line.contains("dying on purpose") && line.contains(&point));
@@ -272,6 +261,31 @@ impl Stack {
             self.log_tail()
         );
         Ok(())
+    }
+
+    /// Waits for the end of a control plane whose start failed.
+    ///
+    /// # Errors
+    /// When it still runs after [`PATIENCE`], or ended well.
+    pub fn wait_failed(&mut self) -> anyhow::Result<()> {
+        let status = self.wait_ended()?;
+        ensure!(status.code().is_some_and(|code| code != 0), "expected an error, it ended with {status}");
+        Ok(())
+    }
+
+    fn wait_ended(&mut self) -> anyhow::Result<ExitStatus> {
+        let mut child = self.running.take().context("nothing runs")?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = child.try_wait()? {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                self.running = Some(child);
+                bail!("expected management-api to end; it still runs:\n{}", self.log_tail());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// `management-api stop`: takes down what a dead control plane has left running.

@@ -252,7 +252,7 @@ fn a_missing_or_old_postgresql_is_said_with_what_to_type() -> anyhow::Result<()>
     let old = "mkdir -p /usr/lib/postgresql/14/bin && cd /usr/lib/postgresql/14/bin && \
                printf '#!/bin/sh\\necho \"postgres (PostgreSQL) 14.9\"\\n' >postgres && cp postgres initdb && \
                chmod 755 postgres initdb";
-    for (installed, wanted) in [("true", "apt-get install"), (old, "PostgreSQL 14")] {
+    for (installed, wanted) in [("true", "apt-get install"), (old, "found 14")] {
         // A mount namespace of its own, in which nothing else is installed.
         let script = format!(
             "mount -t tmpfs none /usr/lib/postgresql && {installed} && \

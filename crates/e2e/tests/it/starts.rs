@@ -10,7 +10,7 @@ const STOP: Start<'_> = Start { crash_point: None, skip: None, without_edge: fal
 /// What a start that fails has to say.
 fn failing(stack: &mut Stack) -> anyhow::Result<String> {
     let error = stack.serve(&STOP).err().context("expected the start to fail")?;
-    stack.wait_died()?;
+    stack.wait_failed()?;
     Ok(error.to_string())
 }
 
