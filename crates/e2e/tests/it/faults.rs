@@ -19,7 +19,13 @@ async fn a_deploy_that_fails_leaves_the_old_release_serving() -> anyhow::Result<
         let (status, body) = stack.get(&tenant, "/").await?;
         ensure!(status == 200 && body == "first", "{behaviour}: {status} {body}");
         stack.wait_status(&tenant, "running").await?;
+        let view = stack.call(Method::GET, &paths::tenant(tenant.id, "/status"), None).await?;
+        let message = view["data"]["message"].as_str().unwrap_or_default();
+        ensure!(message.contains("the last deploy failed") && message.contains(code), "{behaviour}: {view}");
     }
+    TestApp { behaviour: "healthy", text: "third" }.release(&stack, &tenant).await?;
+    let view = stack.call(Method::GET, &paths::tenant(tenant.id, "/status"), None).await?;
+    ensure!(view["data"]["message"].is_null(), "{view}");
     World::look(&stack).await?.check(&[tenant.id], &[tenant.id])
 }
 

@@ -107,17 +107,20 @@ async fn undo_verify(cx: Cx, state: Progress) -> Outcome {
     let mut tx = cx.db.begin().await?;
     store::fail_deployment(&mut tx, cx.input.deployment, &error.to_string()).await?;
     let live = store::live_deployment(&mut *tx, cx.input.tenant).await?;
+    let message = match &live {
+        Some(release) => format!("{error} The release {} still serves.", short(release.id)),
+        None => error.to_string(),
+    };
     let event = TenantEvent::DeployFailed { release_is_live: live.is_some() };
-    match store::advance(&mut tx, cx.input.tenant, event, Moved::default()).await {
+    // Whoever did not follow the deploy finds it in the status, until the next one is asked for.
+    let shown = format!("the last deploy failed: {message}");
+    let moved = Moved { failure: Some(&shown), ..Moved::default() };
+    match store::advance(&mut tx, cx.input.tenant, event, moved).await {
         Ok(_) if live.is_none() => publish_unavailable(&cx, &mut tx, Why::AwaitingDeploy).await?,
         // Deleted meanwhile: phase and route are the deletion's.
         Ok(_) | Err(store::MoveError::Illegal(_) | store::MoveError::Gone) => {}
         Err(store::MoveError::Database(error)) => return Err(error.into()),
     }
-    let message = match &live {
-        Some(release) => format!("{error} The release {} still serves.", short(release.id)),
-        None => error.to_string(),
-    };
     let event = failed(&cx, &state, message, error);
     Ok(Completion::in_tx(state, tx).event(Subject::Tenant(cx.input.tenant), event))
 }
