@@ -190,7 +190,7 @@ impl Framing {
     }
 
     /// How many of the last bytes belong to a head that is not whole yet; they may not go on.
-    pub(crate) fn withheld(&self) -> usize {
+    pub fn withheld(&self) -> usize {
         if self.state == State::Head { self.partial.len() } else { 0 }
     }
 
