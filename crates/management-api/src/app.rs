@@ -30,6 +30,10 @@ impl Site {
     pub(crate) fn app_url(&self, slug: &TenantSlug) -> String {
         self.url(&slug.hostname(&self.zone))
     }
+    /// What to type to sign in here and nowhere else.
+    pub(crate) fn sign_in_command(&self) -> String {
+        format!("systemprompt cloud auth login --api-url {}", self.api_url())
+    }
     /// `host[:port]`, the port left out where it is the scheme's own.
     pub(crate) fn authority(&self, host: &str) -> String {
         if self.https_port == 443 { host.to_owned() } else { format!("{host}:{}", self.https_port) }

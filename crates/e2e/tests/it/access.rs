@@ -84,6 +84,7 @@ async fn absent_and_malformed_ids_are_the_same_answer() -> anyhow::Result<()> {
         TenantId::new().to_string(),
         "x".to_owned(),
         "..%2f".to_owned(),
+        "%ff".to_owned(),
         "999BC654-9A64-49BC-98BE-DB976FC84E76".to_owned(),
     ] {
         for rest in ["", "/status", "/events", "/logs", "/registry-token"] {
@@ -131,6 +132,48 @@ async fn a_stranger_cannot_tell_others_things_from_absent_ones() -> anyhow::Resu
     let listed = stack.client().get(format!("{}{}", stack.api_url(), paths::TENANTS)).bearer_auth(stranger.expose());
     let listed: serde_json::Value = listed.send().await?.json().await?;
     ensure!(listed["data"] == serde_json::json!([]), "{listed}");
+    Ok(())
+}
+
+/// Whose account is in order, but no operator's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_is_refused_what_is_the_operators() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let member = stack.create_member("member@systemprompt.localhost")?;
+    let mut seen = 0;
+    for Endpoint { method, path, .. } in endpoints()?.into_iter().filter(|row| row.access == "operator") {
+        let url = format!("{}{}", stack.api_url(), path.replace("{id}", &TenantId::new().to_string()));
+        let answer = stack.client().request(method.parse()?, url).bearer_auth(member.expose()).send().await?;
+        ensure!(answer.status() == StatusCode::FORBIDDEN, "{method} {path}: {}", answer.status());
+        seen += 1;
+    }
+    ensure!(seen > 1, "{seen} rows of the operator");
+    let list = |query: &str| stack.client().get(format!("{}{}{query}", stack.api_url(), paths::TENANTS));
+    let everybody = list("?all=true");
+    let refused = everybody.bearer_auth(member.expose()).send().await?;
+    ensure!(refused.status() == StatusCode::FORBIDDEN, "{refused:?}");
+    let answer = list("?al=true").bearer_auth(member.expose()).send().await?;
+    let body: serde_json::Value = answer.json().await?;
+    ensure!(body["error"]["code"] == "unknown_field" && body["error"]["message"].to_string().contains("al"), "{body}");
+    let answer = list("").bearer_auth(member.expose()).send().await?;
+    ensure!(answer.headers()["cache-control"] == "no-store", "{answer:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_with_the_same_key_is_the_same_deletion() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("twice").await?;
+    let delete = async |key: &str| -> anyhow::Result<(StatusCode, serde_json::Value)> {
+        let url = format!("{}{}", stack.api_url(), paths::tenant(tenant.id, ""));
+        let request = stack.client().delete(url).bearer_auth(stack.token().expose()).header("idempotency-key", key);
+        let answer = request.send().await?;
+        Ok((answer.status(), answer.json().await?))
+    };
+    let first = delete("k").await?;
+    ensure!(first.0 == StatusCode::ACCEPTED && first == delete("k").await?, "{first:?}");
+    let other = delete("other").await?;
+    ensure!(other.0 == StatusCode::NOT_FOUND, "{other:?}");
     Ok(())
 }
 

@@ -57,6 +57,7 @@ pub(crate) struct Inbox {
 
 /// Body of an event of the source `manual`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct ManualEvent {
     pub(super) event_id: String,
     pub(super) kind: String,

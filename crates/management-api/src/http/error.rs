@@ -40,6 +40,14 @@ pub(crate) async fn with_request_id(request: Request, next: Next) -> Response {
     response
 }
 
+/// Middleware: answers may hold tokens, and none may be shown to anybody else, so nobody keeps them unless they say so
+/// themselves (RFC 6749, 5.1).
+pub(crate) async fn never_stored(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    response.headers_mut().entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
 /// What a handler returns when it cannot answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure(pub(crate) ApiError);
@@ -82,7 +90,9 @@ impl Failure {
 
 impl From<QueryRejection> for Failure {
     fn from(rejection: QueryRejection) -> Self {
-        Self::new(ErrorCode::BadRequest, format!("the query is not what this call takes: {}", rejection.body_text()))
+        let text = rejection.body_text();
+        let code = if text.contains("unknown field") { ErrorCode::UnknownField } else { ErrorCode::BadRequest };
+        Self::new(code, format!("the query is not what this call takes: {text}"))
     }
 }
 

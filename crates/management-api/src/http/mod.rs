@@ -9,14 +9,14 @@ pub(crate) mod pages;
 use crate::{app::App, identity::Principal, tenants::store};
 use axum::{
     Router,
-    extract::{DefaultBodyLimit, RawPathParams, Request, State},
+    extract::{DefaultBodyLimit, RawPathParams, Request, State, rejection::RawPathParamsRejection},
     handler::Handler,
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse as _, Response},
     routing::{MethodFilter, MethodRouter, on},
 };
 use error::Failure;
-use http::HeaderMap;
+use http::{HeaderMap, Method};
 use serde::Serialize;
 use std::str::FromStr;
 use systemprompt_contract::{AccountId, CheckoutId, ErrorCode, OperationId, TenantId, TenantPhase};
@@ -120,6 +120,7 @@ fn router_of(app: &App, endpoints: Endpoints) -> Router {
             Failure::new(ErrorCode::MethodNotAllowed, "this path does not take that method")
         })
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(from_fn(error::never_stored))
         .layer(from_fn(error::with_request_id))
         .with_state(app.clone())
 }
@@ -138,17 +139,22 @@ async fn health(State(app): State<App>) -> Result<axum::Json<serde_json::Value>,
 /// [`store::Tenant`] or checkout that the path names.
 async fn check_access(
     State((app, access)): State<(App, Access)>,
-    params: RawPathParams,
+    params: Result<RawPathParams, RawPathParamsRejection>,
     mut request: Request,
     next: Next,
 ) -> Response {
-    match entitle(&app, access, &params, &mut request).await {
+    match entitle(&app, access, params.ok().as_ref(), &mut request).await {
         Ok(()) => next.run(request).await,
         Err(failure) => failure.into_response(),
     }
 }
 
-async fn entitle(app: &App, access: Access, params: &RawPathParams, request: &mut Request) -> Result<(), Failure> {
+async fn entitle(
+    app: &App,
+    access: Access,
+    params: Option<&RawPathParams>,
+    request: &mut Request,
+) -> Result<(), Failure> {
     if access == Access::Public {
         return Ok(());
     }
@@ -158,7 +164,12 @@ async fn entitle(app: &App, access: Access, params: &RawPathParams, request: &mu
         Access::Operator if principal.is_operator() => {}
         Access::Operator => return Err(Failure::new(ErrorCode::Forbidden, "this call is the operator's")),
         Access::Tenant => {
+            // A deletion whose answer was lost is asked for again, with the same key.
+            let again = request.method() == Method::DELETE && request.headers().contains_key(IDEMPOTENCY_KEY);
             let tenant = visible_tenant(app, &principal, path_id(params, "tenant")?).await?;
+            if tenant.phase == TenantPhase::Deleted && !again {
+                return Err(Failure::not_found("tenant"));
+            }
             request.extensions_mut().insert(tenant);
         }
         Access::Checkout => {
@@ -188,7 +199,6 @@ async fn entitle(app: &App, access: Access, params: &RawPathParams, request: &mu
 async fn visible_tenant(app: &App, principal: &Principal, id: TenantId) -> Result<store::Tenant, Failure> {
     store::tenant(app.db.pool(), id)
         .await?
-        .filter(|tenant| tenant.phase != TenantPhase::Deleted)
         .filter(|tenant| tenant.account == principal.account || principal.is_operator())
         .ok_or_else(|| Failure::not_found("tenant"))
 }
@@ -201,15 +211,18 @@ async fn operation_owner(app: &App, id: OperationId) -> Result<Option<AccountId>
     Ok(owner.fetch_optional(app.db.pool()).await?.map(AccountId::from_uuid))
 }
 
-/// The `{id}` of the path. What is no id cannot exist: the same answer as for an absent one.
-fn path_id<T: FromStr>(params: &RawPathParams, what: &str) -> Result<T, Failure> {
-    let text = params.iter().find_map(|(name, value)| (name == "id").then_some(value)).unwrap_or_default();
+/// The `{id}` of the path. What is no id, or no text, cannot exist: the same answer as for an absent one.
+fn path_id<T: FromStr>(params: Option<&RawPathParams>, what: &str) -> Result<T, Failure> {
+    let mut params = params.iter().flat_map(|params| params.iter());
+    let text = params.find_map(|(name, value)| (name == "id").then_some(value)).unwrap_or_default();
     text.parse().map_err(|_| Failure::not_found(what))
 }
 
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
+
 /// The caller's idempotency key, bounded; none: this call stands alone.
 pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
-    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    let Some(value) = headers.get(IDEMPOTENCY_KEY) else { return Ok(None) };
     match value.to_str() {
         Ok(key) if (1..=128).contains(&key.len()) => Ok(Some(key.to_owned())),
         _ => Err(Failure::new(ErrorCode::BadRequest, "expected an Idempotency-Key of 1 to 128 visible characters")),

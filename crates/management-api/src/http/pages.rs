@@ -1,6 +1,8 @@
 //! The few HTML pages: plain, without scripts, readable without style, and everything dynamic escaped by type.
 
+use crate::app::App;
 use axum::{
+    extract::State,
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -169,14 +171,14 @@ fn protect(headers: &mut HeaderMap, form_target: Option<&str>) {
 }
 
 /// `GET /` of `cloud.{zone}`: what this is and where to begin.
-pub(crate) async fn landing() -> Page {
+pub(crate) async fn landing(State(app): State<App>) -> Page {
     let body = Markup::new()
         .paragraph(
             "This is an installation of SystemPrompt Cloud. It builds, runs and serves SystemPrompt projects, each \
              under a host name of its own, with its own database.",
         )
         .raw("<p>Sign in from the command line:</p>")
-        .command("systemprompt cloud auth login")
+        .command(&app.site.sign_in_command())
         .raw("<p>Then make a tenant and deploy your project:</p>")
         .command("systemprompt cloud tenant create\nsystemprompt cloud deploy")
         .raw("<p>Is this a fresh installation? <a href=\"/setup\">Make the first account</a>.</p>");
@@ -218,7 +220,7 @@ mod tests {
 
     #[tokio::test]
     async fn every_page_is_locked_down() {
-        let page = Page { form_target: Some("http://127.0.0.1:9".to_owned()), ..landing().await };
+        let page = Page { form_target: Some("http://127.0.0.1:9".to_owned()), ..Page::new("Test", Markup::new()) };
         let response = page.into_response();
         let headers = response.headers();
         let policy = headers[header::CONTENT_SECURITY_POLICY].to_str().unwrap();

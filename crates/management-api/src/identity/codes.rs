@@ -137,12 +137,12 @@ fn invalid_code() -> Failure {
         ErrorCode::BadRequest,
         "expected a code made less than 60 seconds ago for this redirect_uri and code_verifier",
     )
-    .hint("sign in again: systemprompt cloud auth login")
+    .hint("start the same command again")
 }
 
 fn already_used() -> Failure {
     Failure::new(ErrorCode::AlreadyUsed, "this code was exchanged before; the token it gave is revoked now")
-        .hint("sign in again: systemprompt cloud auth login")
+        .hint("start the same command again")
 }
 
 #[cfg(test)]

@@ -179,7 +179,7 @@ pub(super) async fn show_setup(State(identity): State<Identity>, headers: Header
         Ok(false) => {
             let body = Markup::new()
                 .paragraph("This installation has its first account. Sign in from the command line:")
-                .command("systemprompt cloud auth login");
+                .command(&identity.site.sign_in_command());
             Page::new(SET_UP, body).into_response()
         }
         Err(error) => Page::failure(SET_UP, &Failure::from(error).0).into_response(),
@@ -211,7 +211,7 @@ async fn try_setup(
                 .raw("<p>The account <strong>")
                 .text(&account.email)
                 .raw("</strong> was made; it runs this installation. Sign in from the command line:</p>")
-                .command("systemprompt cloud auth login");
+                .command(&identity.site.sign_in_command());
             Ok(with_cookie(Page::new(SET_UP, body), &page_guard::EXPIRED_COOKIE))
         }
         Err(Failure(error)) if matches!(error.code, ErrorCode::BadRequest | ErrorCode::Forbidden) => {
@@ -305,7 +305,7 @@ fn bad_link(problem: impl ToString) -> Failure {
         ErrorCode::BadRequest,
         format!("This link does not come from the command line: {}", problem.to_string()),
     )
-    .hint("Start again: systemprompt cloud auth login")
+    .hint("Start the same command again.")
 }
 
 fn bad_form() -> Failure {

@@ -98,10 +98,11 @@ pub(super) async fn create_first(
     email: &str,
     password: &Secret,
 ) -> Result<Account, Failure> {
-    identity.limits.admit("setup", Instant::now()).map_err(super::pages::too_many_tries)?;
-    // Before the expensive hash, and before the address and the password are judged for just anyone.
+    // Before the expensive hash, and before the address and the password are judged for just anyone. Wrong tokens take
+    // no try from whoever has the right one: nobody guesses 256 bits.
     let token_hash = token::hash(setup_token.expose().trim());
     check(identity.db.pool(), &token_hash).await?;
+    identity.limits.admit("setup", Instant::now()).map_err(super::pages::too_many_tries)?;
     let new = NewAccount {
         email: email.parse::<Email>().map_err(bad_request)?,
         password: password.expose().parse::<Password>().map_err(bad_request)?,
@@ -148,7 +149,7 @@ async fn check(pool: &PgPool, token_hash: &[u8; 32]) -> Result<(), Failure> {
 
 fn already_set_up() -> Failure {
     Failure::new(ErrorCode::AlreadyUsed, "this installation has its first account already")
-        .hint("sign in: systemprompt cloud auth login")
+        .hint("sign in with its e-mail address and password")
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "used as map_err(bad_request)")]

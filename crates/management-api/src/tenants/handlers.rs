@@ -18,7 +18,10 @@ use crate::{
 };
 use axum::{
     Extension,
-    extract::{Path, Query, State, rejection::QueryRejection},
+    extract::{
+        Path, Query, State,
+        rejection::{PathRejection, QueryRejection},
+    },
     routing::MethodFilter,
 };
 use chrono::{TimeDelta, Utc};
@@ -30,7 +33,7 @@ use systemprompt_contract::{
 };
 use systemprompt_oci::Digest;
 use systemprompt_registry::{Grant, ImageError};
-use systemprompt_workflow::{NewOperation, enqueue};
+use systemprompt_workflow::{NewOperation, enqueue, enqueued};
 use uuid::Uuid;
 
 /// How long a registry token lives.
@@ -80,14 +83,24 @@ pub(crate) async fn me_tenants(app: &App, principal: &Principal) -> Result<Vec<M
         .collect())
 }
 
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ListQuery {
+    /// Everybody's, for the operator; otherwise one's own, as `/auth/me` has them.
+    #[serde(default)]
+    all: bool,
+}
+
 async fn list(
     State(app): State<App>,
     Extension(principal): Extension<Principal>,
+    query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Result<axum::Json<Data<Vec<TenantSummary>>>, Failure> {
-    let tenants = if principal.is_operator() {
-        store::all(app.db.pool()).await?
-    } else {
-        store::of_account(app.db.pool(), principal.account).await?
+    let Query(ListQuery { all }) = query?;
+    let tenants = match (all, principal.is_operator()) {
+        (true, true) => store::all(app.db.pool()).await?,
+        (true, false) => return Err(Failure::new(ErrorCode::Forbidden, "everybody's tenants are for the operator")),
+        (false, _) => store::of_account(app.db.pool(), principal.account).await?,
     };
     let data = tenants.iter().map(|tenant| summary(&app, tenant)).collect();
     Ok(axum::Json(Data { data }))
@@ -262,23 +275,33 @@ struct DeleteQuery {
     purge: bool,
 }
 
-/// Takes the tenant out of every list and out of the routes at once, and enqueues its end.
+/// Takes the tenant out of every list and out of the routes at once, and enqueues its end. The same key again is the
+/// same deletion, as long as there is a row of the tenant.
 async fn delete(
     State(app): State<App>,
     Extension(tenant): Extension<Tenant>,
     query: Result<Query<DeleteQuery>, QueryRejection>,
+    headers: HeaderMap,
 ) -> Result<(StatusCode, axum::Json<Data<serde_json::Value>>), Failure> {
     let Query(query) = query?;
+    let mode = if query.purge { "purge" } else { "delete" };
+    let key = match idempotency_key(&headers)? {
+        Some(key) => format!("{}:{mode}:{key}", tenant.id),
+        None => format!("{}:{mode}", tenant.id),
+    };
+    let answer = |operation: OperationId| {
+        (StatusCode::ACCEPTED, axum::Json(Data { data: serde_json::json!({ "operation_id": operation }) }))
+    };
+    let missing = || Failure::not_found("tenant");
     let mut tx = app.db.begin().await?;
-    let tenant = store::lock(&mut tx, tenant.id)
-        .await?
-        .filter(|tenant| tenant.phase != TenantPhase::Deleted)
-        .ok_or_else(|| Failure::not_found("tenant"))?;
+    let tenant = store::lock(&mut tx, tenant.id).await?.ok_or_else(missing)?;
+    if tenant.phase == TenantPhase::Deleted {
+        return enqueued::<DeleteTenant>(&mut tx, &key).await?.map(answer).ok_or_else(missing);
+    }
     if let Some(running) = tenant.active_operation {
         systemprompt_workflow::request_cancel(&mut tx, running).await?;
     }
     let workflow = DeleteTenant { tenant: tenant.id, purge: query.purge };
-    let key = format!("{}:{}", tenant.id, if query.purge { "purge" } else { "delete" });
     let new = NewOperation { input: &workflow, subject: Subject::Tenant(tenant.id), key: &key };
     let operation = enqueue(&mut tx, new).await.map_err(|error| Failure::internal(&error))?.id;
     let wait = if query.purge { TimeDelta::zero() } else { TimeDelta::hours(RESTORABLE_HOURS) };
@@ -286,7 +309,7 @@ async fn delete(
     store::advance(&mut tx, tenant.id, TenantEvent::DeleteAsked, moved).await.map_err(move_failure)?;
     routes::publish(&mut tx, tenant.id, &tenant.slug().hostname(&app.site.zone), None).await?;
     tx.commit().await?;
-    Ok((StatusCode::ACCEPTED, axum::Json(Data { data: serde_json::json!({ "operation_id": operation }) })))
+    Ok(answer(operation))
 }
 
 fn move_failure(error: store::MoveError) -> Failure {
@@ -321,9 +344,10 @@ async fn parked(State(app): State<App>) -> Result<axum::Json<Data<Vec<serde_json
 /// Lets a parked operation try again from where it stands.
 async fn retry_parked(
     State(app): State<App>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<axum::Json<Data<OperationView>>, Failure> {
     let missing = || Failure::not_found("operation");
+    let Path(id) = id.map_err(|_| missing())?;
     let id = id.parse().map_err(|_| missing())?;
     let retried = systemprompt_workflow::retry_stuck(&app.db, id).await?;
     let data = systemprompt_workflow::operation(&app.db, id).await?.ok_or_else(missing)?;

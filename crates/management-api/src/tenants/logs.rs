@@ -24,6 +24,7 @@ const MAX_LINES: usize = 10_000;
 const LOOK: Duration = Duration::from_secs(1);
 
 #[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct LogQuery {
     lines: Option<usize>,
     #[serde(default)]

@@ -74,12 +74,17 @@ impl CloudApiClient {
         self.get(paths::PLANS).await
     }
 
-    /// Starts a checkout. Not repeated by itself: every call makes another one.
+    /// Starts a checkout; the same key and request again are the same checkout.
     ///
     /// # Errors
     /// [`CloudError`].
-    pub async fn create_checkout(&self, request: &CheckoutRequest) -> Result<CheckoutCreated, CloudError> {
-        self.post(paths::CHECKOUT, request).await
+    pub async fn create_checkout(
+        &self,
+        request: &CheckoutRequest,
+        idempotency_key: &str,
+    ) -> Result<CheckoutCreated, CloudError> {
+        let call = self.request(Method::POST, paths::CHECKOUT).header("idempotency-key", idempotency_key);
+        self.read(call.json(request)).await
     }
 
     /// Where a checkout stands.

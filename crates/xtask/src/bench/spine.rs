@@ -13,7 +13,7 @@ use crate::{
 };
 use anyhow::{Context as _, Result, ensure};
 use rustix::fs::statfs;
-use std::{fs, io::Stdout, net::TcpListener, path::PathBuf, process::Command, sync::mpsc, time::Duration};
+use std::{fs, io::Stdout, net::TcpListener, path::PathBuf, sync::mpsc, time::Duration};
 
 const PHASE1: Goal = Goal { figure: "phase1_ms", unit: "ms", at_most: 500.0 };
 const DEPLOY: Goal = Goal { figure: "deploy_ms", unit: "ms", at_most: 3000.0 };
@@ -58,13 +58,34 @@ fn measure_all(shell: &Shell, profile: Profile, report: &mut Report<Stdout>) -> 
     fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let installation = installation(programs, folder.path().join("data"))?;
     note_commits(shell, &installation)?;
-    let cloud = Cloud::start(shell, installation)?;
-    let outcome = measure(shell, &cloud, compared, report);
-    if outcome.is_err() {
-        eprintln!("{}", cloud.log_tail());
+    let cloud = Cloud::start(shell, installation.clone())?;
+    match measure(shell, &cloud, report) {
+        Ok(tenant) => {
+            // An edge alone: then what the process takes is the edge's.
+            cloud.kill()?;
+            let measured =
+                figure(shell, report, EDGE_CPU, || compared.and_then(|()| edge_cpu(shell, &installation, &tenant)));
+            shell.run(&mut installation.management_api("stop"))?;
+            measured
+        }
+        Err(error) => {
+            eprintln!("{}", cloud.log_tail());
+            cloud.stop()?;
+            Err(error)
+        }
     }
-    cloud.stop()?;
-    outcome
+}
+
+/// A figure that cannot be measured is short and says why; the others go on. Only an interrupt ends all.
+fn figure(shell: &Shell, report: &mut Report<Stdout>, goal: Goal, measure: impl FnOnce() -> Result<f64>) -> Result<()> {
+    eprintln!("── {}", goal.figure);
+    let value = measure();
+    shell.interrupts.check()?;
+    match value {
+        Ok(value) => report.measured(goal, value)?,
+        Err(error) => eprintln!("{} could not be measured: {error:#}", goal.figure),
+    }
+    Ok(())
 }
 
 /// Has the control plane's PostgreSQL keep the times of commits, from its next start on.
@@ -91,7 +112,7 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-fn measure(shell: &Shell, cloud: &Cloud, compared: Result<()>, report: &mut Report<Stdout>) -> Result<()> {
+fn measure(shell: &Shell, cloud: &Cloud, report: &mut Report<Stdout>) -> Result<Tenant> {
     cloud.sign_in(shell)?;
     let (tenant, _) = cloud.provision(shell, "hello")?;
     cloud.deploy(shell, &tenant)?;
@@ -106,8 +127,8 @@ fn measure(shell: &Shell, cloud: &Cloud, compared: Result<()>, report: &mut Repo
     bench.figure(report, REDEPLOY, Bench::redeploy)?;
     bench.figure(report, REDEPLOY_FAILED, Bench::redeploy_failed)?;
     bench.figure(report, ROUTE, Bench::route)?;
-    bench.figure(report, EDGE_CPU, |bench| compared.and_then(|()| bench.edge_cpu()))?;
-    bench.figure(report, IMAGE_BUILD, Bench::image_build)
+    bench.figure(report, IMAGE_BUILD, Bench::image_build)?;
+    Ok(bench.tenant)
 }
 
 struct Bench<'a> {
@@ -119,21 +140,13 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// A figure that cannot be measured is short and says why; the others go on. Only an interrupt ends all.
     fn figure(
         &self,
         report: &mut Report<Stdout>,
         goal: Goal,
         measure: impl FnOnce(&Self) -> Result<f64>,
     ) -> Result<()> {
-        eprintln!("── {}", goal.figure);
-        let value = measure(self);
-        self.shell.interrupts.check()?;
-        match value {
-            Ok(value) => report.measured(goal, value)?,
-            Err(error) => eprintln!("{} could not be measured: {error:#}", goal.figure),
-        }
-        Ok(())
+        figure(self.shell, report, goal, || measure(self))
     }
 
     fn control_pss(&self) -> Result<f64> {
@@ -218,30 +231,6 @@ impl Bench<'_> {
         percentile(&times, 95).context("no route was changed")
     }
 
-    fn edge_cpu(&self) -> Result<f64> {
-        let Installation { programs, data, zone, .. } = self.cloud.installation();
-        let host = host_of(&self.tenant.url)?;
-        let instance = self
-            .control
-            .query(self.shell, &format!("SELECT target #>> '{{upstream,tcp}}' FROM routes WHERE host = '{host}'"))?;
-        let instance = instance.first().filter(|address| !address.is_empty());
-        let instance = instance.context("the tenant's route names no address")?;
-        let port = free_port()?;
-        let mut command = Command::new(programs.join("management-api"));
-        command.arg("edge").arg("--data").arg(data).args([
-            "--zone",
-            zone,
-            "--http",
-            "off",
-            "--https",
-            &format!("127.0.0.1:{port}"),
-        ]);
-        let edge = Server::start(self.shell, command, &data.join("edge-alone.log"))?;
-        let ratio = nginx::compare(self.shell, edge.id(), port, host, instance);
-        edge.stop()?;
-        ratio
-    }
-
     /// The command line's own measure with its cache filled and one file changed: what a person waits for between
     /// two edits.
     fn image_build(&self) -> Result<f64> {
@@ -260,6 +249,23 @@ impl Bench<'_> {
     fn ca_file(&self) -> PathBuf {
         self.cloud.installation().ca_file()
     }
+}
+
+/// Of an edge that serves what its snapshot has, with nothing else of ours running.
+fn edge_cpu(shell: &Shell, installation: &Installation, tenant: &Tenant) -> Result<f64> {
+    let host = host_of(&tenant.url)?;
+    let control = ControlDatabase::of(&installation.data)?;
+    let target = format!("SELECT target #>> '{{upstream,tcp}}' FROM routes WHERE host = '{host}'");
+    let instance = control.query(shell, &target)?;
+    let instance = instance.first().filter(|address| !address.is_empty());
+    let instance = instance.context("the tenant's route names no address")?;
+    let port = free_port()?;
+    let mut command = installation.management_api("edge");
+    command.args(["--zone", &installation.zone, "--http", "off", "--https", &format!("127.0.0.1:{port}")]);
+    let edge = Server::start(shell, command, &installation.data.join("edge-alone.log"))?;
+    let ratio = nginx::compare(shell, edge.id(), port, host, instance);
+    edge.stop()?;
+    ratio
 }
 
 fn host_of(url: &str) -> Result<&str> {

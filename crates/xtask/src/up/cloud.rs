@@ -57,7 +57,7 @@ impl Installation {
         self.data.join("management-api.log")
     }
 
-    fn management_api(&self, task: &str) -> Command {
+    pub(crate) fn management_api(&self, task: &str) -> Command {
         let mut command = Command::new(self.programs.join("management-api"));
         command.arg(task).arg("--data").arg(&self.data).env_remove("LD_LIBRARY_PATH");
         command
@@ -238,6 +238,11 @@ impl Cloud {
     pub(crate) fn stop(self) -> Result<()> {
         eprintln!("stopping …");
         self.server.stop()
+    }
+
+    /// Takes the control plane away and leaves instances and databases running.
+    pub(crate) fn kill(self) -> Result<()> {
+        self.server.kill()
     }
 
     pub(crate) fn log_file(&self) -> PathBuf {

@@ -106,6 +106,19 @@ impl Server {
         self.process.stop()
     }
 
+    /// SIGKILL, and waits for the end: instances and databases go on.
+    pub(crate) fn kill(mut self) -> Result<()> {
+        self.process.signal(Signal::KILL);
+        self.process.exited = true;
+        loop {
+            match self.process.events.recv_timeout(STOPPED_WITHIN) {
+                Ok(Event::Exited(_)) => return Ok(()),
+                Ok(Event::Ready(_) | Event::Interrupted) => {}
+                Err(error) => return Err(error).context("it did not end"),
+            }
+        }
+    }
+
     pub(crate) fn log_tail(&self) -> String {
         self.process.log.tail()
     }
