@@ -99,6 +99,41 @@ async fn absent_and_malformed_ids_are_the_same_answer() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What would end the stack's token comes with others; everything else lets its owner in.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_owner_gets_in_and_no_cache_keeps_what_he_gets() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("own").await?;
+    let owner = stack.create_member("member@systemprompt.localhost")?;
+    let operations = operations(&stack).await?;
+    // What ends the tenant or the token goes last: after it there is nothing to ask about.
+    let mut rows: Vec<Endpoint> = endpoints()?.into_iter().filter(|row| row.path.starts_with("/api/")).collect();
+    rows.sort_by_key(|row| row.method == "DELETE" || row.path.ends_with("/logout"));
+    for Endpoint { method, path, access } in rows {
+        let id = match access.as_str() {
+            "checkout" => checkout_of(&stack, tenant.id).await?,
+            "operation" | "operator" => operations.first().cloned().context("an operation")?,
+            _ => tenant.id.to_string(),
+        };
+        let url = format!("{}{}", stack.api_url(), path.replace("{id}", &id));
+        let ask = |token: &str| {
+            let request = stack.client().request(method.parse().unwrap_or_default(), &url).bearer_auth(token);
+            if method == "GET" { request } else { request.json(&serde_json::json!({})) }
+        };
+        let ends_token = path.ends_with("/logout");
+        let token = if ends_token { &owner } else { stack.token() };
+        if access == "operator" {
+            let answer = ask(owner.expose()).send().await?;
+            ensure!(answer.status() == StatusCode::FORBIDDEN, "{method} {path} as a member: {}", answer.status());
+        }
+        let answer = ask(token.expose()).send().await?;
+        let (status, cache) = (answer.status(), answer.headers().get("cache-control").cloned());
+        ensure!(!matches!(status.as_u16(), 401 | 403 | 404) || access == "public", "{method} {path}: {status}");
+        ensure!(cache.as_ref().is_some_and(|cache| cache == "no-store"), "{method} {path}: {cache:?}");
+    }
+    Ok(())
+}
+
 /// A stranger with a valid token of his own: everything that is not his does not exist for him.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stranger_cannot_tell_others_things_from_absent_ones() -> anyhow::Result<()> {

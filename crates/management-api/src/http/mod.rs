@@ -16,7 +16,7 @@ use axum::{
     routing::{MethodFilter, MethodRouter, on},
 };
 use error::Failure;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue, header};
 use serde::Serialize;
 use std::str::FromStr;
 use systemprompt_contract::{AccountId, CheckoutId, ErrorCode, OperationId, TenantId, TenantPhase};
@@ -120,8 +120,19 @@ fn router_of(app: &App, endpoints: Endpoints) -> Router {
             Failure::new(ErrorCode::MethodNotAllowed, "this path does not take that method")
         })
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(from_fn(keep_in_no_cache))
         .layer(from_fn(error::with_request_id))
         .with_state(app.clone())
+}
+
+/// Answers of calls carry tokens and what is one caller's alone: no cache keeps any of them.
+async fn keep_in_no_cache(request: Request, next: Next) -> Response {
+    let is_call = request.uri().path().starts_with("/api/");
+    let mut response = next.run(request).await;
+    if is_call {
+        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+    response
 }
 
 /// Everything that the edge hands to the platform.
