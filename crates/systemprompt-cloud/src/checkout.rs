@@ -8,6 +8,7 @@ use crate::{
 use std::{error::Error, time::Duration};
 use systemprompt_contract::{
     CheckoutCreated, CheckoutId, CheckoutRequest, Event, ProvisioningEvent, ProvisioningEventType, RequestId, TenantId,
+    token,
 };
 
 const PORT: u16 = 8766;
@@ -130,7 +131,7 @@ pub async fn run_checkout_callback_flow(
     // Without a port for the return the page simply ends in the browser.
     let listener = CallbackListener::bind(PORT).await.ok();
     request.redirect_uri = listener.as_ref().map(CallbackListener::redirect_uri);
-    let created = client.create_checkout(&request).await?;
+    let created = client.create_checkout(&request, &token::random_text()).await?;
     let id = created.checkout_session_id;
     sink(CheckoutProgress::Created(created)).map_err(CheckoutError::Sink)?;
     let declined = async {

@@ -24,8 +24,8 @@ pub use crash::crash_point;
 pub use db::Db;
 pub use engine::{Engine, EngineConfig};
 pub use queue::{
-    CancelOutcome, EnqueueError, Enqueued, NewOperation, StuckOperation, active_for, enqueue, give_up_stuck, operation,
-    release_leases, request_cancel, retry_stuck, stuck,
+    CancelOutcome, EnqueueError, Enqueued, NewOperation, StuckOperation, active_for, enqueue, find, give_up_stuck,
+    operation, release_leases, request_cancel, retry_stuck, stuck,
 };
 pub use retry::Retry;
 pub use step::{Completion, Probe, Step, StepContext, StepDraft, StepError, Workflow};

@@ -76,10 +76,17 @@ pub async fn enqueue<W: Workflow>(
     if inserted.is_some() {
         return Ok(Enqueued { id, fresh: true });
     }
-    let known = sqlx::query_scalar!("SELECT id FROM operations WHERE workflow = $1 AND key = $2", W::NAME, new.key)
-        .fetch_one(&mut **tx)
-        .await?;
-    Ok(Enqueued { id: OperationId::from_uuid(known), fresh: false })
+    let known = find::<W>(&mut **tx, new.key).await?.ok_or(sqlx::Error::RowNotFound)?;
+    Ok(Enqueued { id: known, fresh: false })
+}
+
+/// The operation of this workflow that was enqueued under `key`.
+///
+/// # Errors
+/// The database refused or does not answer.
+pub async fn find<W: Workflow>(db: impl PgExecutor<'_>, key: &str) -> Result<Option<OperationId>, sqlx::Error> {
+    let id = sqlx::query_scalar!("SELECT id FROM operations WHERE workflow = $1 AND key = $2", W::NAME, key);
+    Ok(id.fetch_optional(db).await?.map(OperationId::from_uuid))
 }
 
 /// What a request to cancel met.

@@ -1,7 +1,7 @@
 //! Who may call what: every endpoint of the table by every kind of caller.
 
 use anyhow::{Context as _, ensure};
-use e2e::{Stack, program};
+use e2e::{Stack, TestApp, World, program, until};
 use reqwest::{Method, StatusCode};
 use systemprompt_contract::{TenantId, paths, token};
 
@@ -84,6 +84,7 @@ async fn absent_and_malformed_ids_are_the_same_answer() -> anyhow::Result<()> {
         TenantId::new().to_string(),
         "x".to_owned(),
         "..%2f".to_owned(),
+        "%ff".to_owned(),
         "999BC654-9A64-49BC-98BE-DB976FC84E76".to_owned(),
     ] {
         for rest in ["", "/status", "/events", "/logs", "/registry-token"] {
@@ -134,6 +135,86 @@ async fn the_owner_gets_in_and_no_cache_keeps_what_he_gets() -> anyhow::Result<(
     Ok(())
 }
 
+/// A client that lost an answer asks again. What hands out a secret once has no second answer to give.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_something_can_be_asked_twice_under_one_key() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("twice").await?;
+    let app = TestApp { behaviour: "healthy", text: "twice" }.push(&stack, &tenant).await?;
+    let (checkout, operation) = (checkout_of(&stack, tenant.id).await?, operations(&stack).await?.swap_remove(0));
+    let image = serde_json::json!({ "image": app.image, "digest": app.digest });
+    let order = serde_json::json!({ "price_id": "pri_standard", "region": "fra" });
+    let nothing = serde_json::json!({});
+    let calls = [
+        (Method::POST, paths::CHECKOUT.to_owned(), order),
+        (Method::POST, paths::checkout(checkout.parse()?, "/confirm"), nothing.clone()),
+        (Method::POST, format!("/api/v1/operations/{operation}/retry"), nothing.clone()),
+        (Method::POST, paths::tenant(tenant.id, "/deploy"), image),
+        (Method::DELETE, paths::tenant(tenant.id, "?purge=true"), nothing),
+    ];
+    // Secrets are made and ended once; a form is a page's; the webhook has its event's id.
+    let once = ["/login", "/setup", "/auth/setup", "/auth/token", "/auth/logout", "/webhooks/manual"];
+    let changing = endpoints()?.into_iter().filter(|row| row.method != "GET");
+    let repeatable = changing.filter(|row| !once.iter().any(|path| row.path.ends_with(path))).count();
+    ensure!(repeatable == calls.len(), "{repeatable} rows can be repeated, {} are called", calls.len());
+    for (method, path, body) in calls {
+        let ask = async |key: &str| {
+            let request = stack.client().request(method.clone(), format!("{}{path}", stack.api_url()));
+            let request = request.bearer_auth(stack.token().expose()).header("idempotency-key", key).json(&body);
+            let answer = request.send().await?;
+            anyhow::Ok((answer.status(), answer.json::<serde_json::Value>().await?))
+        };
+        let (status, refused) = ask("").await?;
+        ensure!(status == StatusCode::BAD_REQUEST, "{method} {path} with an empty key: {refused}");
+        let (first, second) = (ask("one").await?, ask("one").await?);
+        ensure!(first.0.is_success() && first == second, "{method} {path}: {first:?}, then {second:?}");
+        if method == Method::DELETE {
+            until("the purge is through", async || {
+                World::look(&stack).await.is_ok_and(|world| world.check(&[], &[]).is_ok())
+            })
+            .await?;
+            ensure!(ask("one").await? == first, "the tenant's row is gone, the answer is not");
+            ensure!(ask("two").await?.0 == StatusCode::NOT_FOUND);
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unknown_words_of_a_query_are_refused() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.buy("worded").await?;
+    for (method, path) in [
+        (Method::GET, paths::TENANTS.to_owned()),
+        (Method::GET, paths::tenant(tenant.id, "/logs")),
+        (Method::DELETE, paths::tenant(tenant.id, "")),
+    ] {
+        let request = stack.client().request(method, format!("{}{path}?colour=red", stack.api_url()));
+        let answer = request.bearer_auth(stack.token().expose()).send().await?;
+        let body: serde_json::Value = answer.json().await?;
+        ensure!(body["error"]["code"] == "unknown_field", "{path}: {body}");
+    }
+    Ok(())
+}
+
+/// The command line keeps what `/tenants` and `/auth/me` say in one file: both must say the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operator_lists_his_own_tenants_and_everybodys_by_asking() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let member = stack.create_member("member@systemprompt.localhost")?;
+    stack.buy("mine").await?;
+    let mut control = e2e::connect(&stack, "control", "systemprompt").await?;
+    let given = "UPDATE tenants SET account_id = (SELECT id FROM accounts WHERE email LIKE 'member@%')";
+    sqlx::query(given).execute(&mut control).await?;
+    let list = async |query: &str| stack.call(Method::GET, &format!("{}{query}", paths::TENANTS), None).await;
+    ensure!(list("").await?["data"] == serde_json::json!([]));
+    ensure!(list("?all=true").await?["data"][0]["name"] == "mine");
+    let everybodys = format!("{}{}?all=true", stack.api_url(), paths::TENANTS);
+    let answer = stack.client().get(everybodys).bearer_auth(member.expose()).send().await?;
+    ensure!(answer.status() == StatusCode::FORBIDDEN, "{}", answer.status());
+    Ok(())
+}
+
 /// A stranger with a valid token of his own: everything that is not his does not exist for him.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stranger_cannot_tell_others_things_from_absent_ones() -> anyhow::Result<()> {
@@ -145,7 +226,7 @@ async fn a_stranger_cannot_tell_others_things_from_absent_ones() -> anyhow::Resu
     let operations = operations(&stack).await?;
     for Endpoint { method, path, access } in endpoints()? {
         let own = match access.as_str() {
-            "tenant" => tenant.id.to_string(),
+            "tenant" | "deletion" => tenant.id.to_string(),
             "checkout" => checkout_of(&stack, tenant.id).await?,
             "operation" => operations.first().cloned().context("an operation")?,
             _ => continue,

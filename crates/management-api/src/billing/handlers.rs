@@ -14,7 +14,7 @@ use crate::{
 use axum::{
     Extension,
     body::Body,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
     http::HeaderMap,
 };
 use chrono::Utc;
@@ -116,10 +116,10 @@ pub(super) async fn webhook(
 }
 
 /// `GET /checkout/{id}` for people. Whoever has the link may see it, so it names neither buyer nor tenant.
-pub(super) async fn page(State(billing): State<Billing>, Path(id): Path<String>) -> Page {
-    let found = match id.parse::<CheckoutId>() {
-        Ok(id) => find(&billing, id).await,
-        Err(_) => Err(Failure::not_found("checkout")),
+pub(super) async fn page(State(billing): State<Billing>, id: Result<Path<String>, PathRejection>) -> Page {
+    let found = match id.ok().and_then(|Path(id)| id.parse::<CheckoutId>().ok()) {
+        Some(id) => find(&billing, id).await,
+        None => Err(Failure::not_found("checkout")),
     };
     match found {
         Ok(checkout) => checkout_page(&checkout),

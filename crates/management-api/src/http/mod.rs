@@ -6,17 +6,21 @@
 pub(crate) mod error;
 pub(crate) mod pages;
 
-use crate::{app::App, identity::Principal, tenants::store};
+use crate::{
+    app::App,
+    identity::Principal,
+    tenants::{self, store},
+};
 use axum::{
     Router,
-    extract::{DefaultBodyLimit, RawPathParams, Request, State},
+    extract::{DefaultBodyLimit, RawPathParams, Request, State, rejection::RawPathParamsRejection},
     handler::Handler,
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse as _, Response},
     routing::{MethodFilter, MethodRouter, on},
 };
 use error::Failure;
-use http::{HeaderMap, HeaderValue, header};
+use http::{HeaderMap, HeaderValue, Method, header};
 use serde::Serialize;
 use std::str::FromStr;
 use systemprompt_contract::{AccountId, CheckoutId, ErrorCode, OperationId, TenantId, TenantPhase};
@@ -36,6 +40,8 @@ pub(crate) enum Access {
     Operator,
     /// The owner of the tenant in the path, or the operator. Anyone else gets the answer for "absent".
     Tenant,
+    /// As [`Access::Tenant`], and whoever asked for this deletion under the same idempotency key before.
+    Deletion,
     /// The buyer of the checkout in the path, or the operator.
     Checkout,
     /// Whoever may see the tenant that the operation in the path works on.
@@ -101,7 +107,7 @@ pub(crate) fn endpoints() -> Endpoints {
     let endpoints = Endpoints::default().add(MethodFilter::GET, "/api/v1/health", Access::Public, health);
     let endpoints = crate::identity::endpoints(endpoints);
     let endpoints = crate::billing::endpoints(endpoints);
-    crate::tenants::endpoints(endpoints)
+    tenants::endpoints(endpoints)
 }
 
 /// The calls alone, without pages and webhooks: what may be served in clear on loopback.
@@ -149,17 +155,29 @@ async fn health(State(app): State<App>) -> Result<axum::Json<serde_json::Value>,
 /// [`store::Tenant`] or checkout that the path names.
 async fn check_access(
     State((app, access)): State<(App, Access)>,
-    params: RawPathParams,
+    params: Result<RawPathParams, RawPathParamsRejection>,
     mut request: Request,
     next: Next,
 ) -> Response {
-    match entitle(&app, access, &params, &mut request).await {
+    let params = params.ok();
+    let entitled = entitle(&app, access, params.as_ref(), &mut request).await;
+    // Every changing call takes a key; what repeats by itself only needs it to be one.
+    let checked = entitled.and_then(|()| match *request.method() {
+        Method::GET | Method::HEAD => Ok(()),
+        _ => idempotency_key(request.headers()).map(drop),
+    });
+    match checked {
         Ok(()) => next.run(request).await,
         Err(failure) => failure.into_response(),
     }
 }
 
-async fn entitle(app: &App, access: Access, params: &RawPathParams, request: &mut Request) -> Result<(), Failure> {
+async fn entitle(
+    app: &App,
+    access: Access,
+    params: Option<&RawPathParams>,
+    request: &mut Request,
+) -> Result<(), Failure> {
     if access == Access::Public {
         return Ok(());
     }
@@ -171,6 +189,16 @@ async fn entitle(app: &App, access: Access, params: &RawPathParams, request: &mu
         Access::Tenant => {
             let tenant = visible_tenant(app, &principal, path_id(params, "tenant")?).await?;
             request.extensions_mut().insert(tenant);
+        }
+        Access::Deletion => {
+            let id: TenantId = path_id(params, "tenant")?;
+            if let Err(failure) = visible_tenant(app, &principal, id).await {
+                let key = idempotency_key(request.headers())?;
+                let mut connection = app.db.pool().acquire().await?;
+                let asked = tenants::asked_to_delete(&mut connection, id, &principal, key.as_deref()).await?;
+                asked.ok_or(failure)?;
+            }
+            request.extensions_mut().insert(id);
         }
         Access::Checkout => {
             let id: CheckoutId = path_id(params, "checkout")?;
@@ -212,9 +240,10 @@ async fn operation_owner(app: &App, id: OperationId) -> Result<Option<AccountId>
     Ok(owner.fetch_optional(app.db.pool()).await?.map(AccountId::from_uuid))
 }
 
-/// The `{id}` of the path. What is no id cannot exist: the same answer as for an absent one.
-fn path_id<T: FromStr>(params: &RawPathParams, what: &str) -> Result<T, Failure> {
-    let text = params.iter().find_map(|(name, value)| (name == "id").then_some(value)).unwrap_or_default();
+/// The `{id}` of the path. What is no id, or not even text, cannot exist: the same answer as for an absent one.
+fn path_id<T: FromStr>(params: Option<&RawPathParams>, what: &str) -> Result<T, Failure> {
+    let mut params = params.into_iter().flatten();
+    let text = params.find_map(|(name, value)| (name == "id").then_some(value)).unwrap_or_default();
     text.parse().map_err(|_| Failure::not_found(what))
 }
 

@@ -13,7 +13,7 @@ use std::{fmt, time::Duration};
 use systemprompt_contract::{
     ApiError, CheckoutCreated, CheckoutId, CheckoutRequest, CheckoutState, Data, DeployAccepted, DeployRequest,
     ErrorBody, ErrorCode, LogPage, Me, OperationId, OperationView, Plan, RegistryToken, RequestId, Secret,
-    SetupRequest, SignedIn, TenantId, TenantStatusView, TenantSummary, TenantView, TokenExchange, paths,
+    SetupRequest, SignedIn, TenantId, TenantStatusView, TenantSummary, TenantView, TokenExchange, paths, token,
 };
 
 /// A call that takes longer than this has failed; streams have no such limit.
@@ -74,12 +74,17 @@ impl CloudApiClient {
         self.get(paths::PLANS).await
     }
 
-    /// Starts a checkout. Not repeated by itself: every call makes another one.
+    /// Starts a checkout. The same `idempotency_key` gets the same checkout.
     ///
     /// # Errors
     /// [`CloudError`].
-    pub async fn create_checkout(&self, request: &CheckoutRequest) -> Result<CheckoutCreated, CloudError> {
-        self.post(paths::CHECKOUT, request).await
+    pub async fn create_checkout(
+        &self,
+        request: &CheckoutRequest,
+        idempotency_key: &str,
+    ) -> Result<CheckoutCreated, CloudError> {
+        let call = self.request(Method::POST, paths::CHECKOUT).header("idempotency-key", idempotency_key);
+        self.read(call.json(request)).await
     }
 
     /// Where a checkout stands.
@@ -135,7 +140,8 @@ impl CloudApiClient {
         }
         let query = if purge { "?purge=true" } else { "" };
         let path = paths::tenant(id, query);
-        self.read(self.request(Method::DELETE, &path)).await.map(|answer: Data<Started>| answer.data.operation_id)
+        let call = self.request(Method::DELETE, &path).header("idempotency-key", token::random_text().as_str());
+        self.read(call).await.map(|answer: Data<Started>| answer.data.operation_id)
     }
 
     /// One durable operation.
