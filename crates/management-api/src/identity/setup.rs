@@ -14,10 +14,7 @@ use crate::{
     seal::private_file::{self, PrivateFileError},
 };
 use sqlx::{PgConnection, PgPool};
-use std::{
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::path::{Path, PathBuf};
 use systemprompt_contract::{ErrorCode, Secret, token};
 use systemprompt_workflow::Db;
 
@@ -98,8 +95,7 @@ pub(super) async fn create_first(
     email: &str,
     password: &Secret,
 ) -> Result<Account, Failure> {
-    identity.limits.admit("setup", Instant::now()).map_err(super::pages::too_many_tries)?;
-    // Before the expensive hash, and before the address and the password are judged for just anyone.
+    // No limit of tries, which strangers could use up: the token cannot be guessed. Before the expensive hash, and before the address and the password are judged for just anyone.
     let token_hash = token::hash(setup_token.expose().trim());
     check(identity.db.pool(), &token_hash).await?;
     let new = NewAccount {
@@ -122,7 +118,6 @@ pub(super) async fn create_first(
     }
     let account = hashed.insert(&mut tx).await?;
     tx.commit().await?;
-    identity.limits.forgive("setup");
     tracing::info!(account.id = %account.id, "the first account was made");
     if let Err(error) = private_file::remove(&identity.setup_token_file) {
         tracing::warn!(%error, "the used setup token stays in its file; it opens nothing any more");
