@@ -131,7 +131,7 @@ pub async fn run_checkout_callback_flow(
     // Without a port for the return the page simply ends in the browser.
     let listener = CallbackListener::bind(PORT).await.ok();
     request.redirect_uri = listener.as_ref().map(CallbackListener::redirect_uri);
-    let created = create(client, &request).await?;
+    let created = client.create_checkout(&request, &token::random_text()).await?;
     let id = created.checkout_session_id;
     sink(CheckoutProgress::Created(created)).map_err(CheckoutError::Sink)?;
     let declined = async {
@@ -145,15 +145,6 @@ pub async fn run_checkout_callback_flow(
         biased;
         outcome = follow_checkout(client, id, within, sink) => outcome,
         reason = declined => Err(CheckoutError::Declined { reason }),
-    }
-}
-
-/// With one key, so that a request whose answer was lost buys nothing twice.
-async fn create(client: &CloudApiClient, request: &CheckoutRequest) -> Result<CheckoutCreated, CloudError> {
-    let key = token::random_text();
-    match client.create_checkout(request, &key).await {
-        Err(error) if error.may_have_arrived() => client.create_checkout(request, &key).await,
-        answer => answer,
     }
 }
 

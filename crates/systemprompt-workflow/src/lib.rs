@@ -24,7 +24,7 @@ pub use crash::crash_point;
 pub use db::Db;
 pub use engine::{Engine, EngineConfig};
 pub use queue::{
-    CancelOutcome, EnqueueError, Enqueued, NewOperation, StuckOperation, active_for, enqueue, enqueued, give_up_stuck,
+    CancelOutcome, EnqueueError, Enqueued, NewOperation, StuckOperation, active_for, enqueue, find, give_up_stuck,
     operation, release_leases, request_cancel, retry_stuck, stuck,
 };
 pub use retry::Retry;

@@ -4,7 +4,7 @@ use crate::{
 };
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::{PgConnection, PgExecutor, PgTransaction};
+use sqlx::{PgExecutor, PgTransaction};
 use systemprompt_contract::{ApiError, OperationId, OperationStatus, OperationView, Subject};
 use uuid::Uuid;
 
@@ -76,20 +76,17 @@ pub async fn enqueue<W: Workflow>(
     if inserted.is_some() {
         return Ok(Enqueued { id, fresh: true });
     }
-    let id = enqueued::<W>(tx, new.key).await?.ok_or(sqlx::Error::RowNotFound)?;
-    Ok(Enqueued { id, fresh: false })
+    let known = find::<W>(&mut **tx, new.key).await?.ok_or(sqlx::Error::RowNotFound)?;
+    Ok(Enqueued { id: known, fresh: false })
 }
 
-/// The operation that was enqueued under this key before, whatever became of it.
+/// The operation of this workflow that was enqueued under `key`.
 ///
 /// # Errors
-/// Those of the database.
-pub async fn enqueued<W: Workflow>(
-    connection: &mut PgConnection,
-    key: &str,
-) -> Result<Option<OperationId>, sqlx::Error> {
-    let known = sqlx::query_scalar!("SELECT id FROM operations WHERE workflow = $1 AND key = $2", W::NAME, key);
-    Ok(known.fetch_optional(connection).await?.map(OperationId::from_uuid))
+/// The database refused or does not answer.
+pub async fn find<W: Workflow>(db: impl PgExecutor<'_>, key: &str) -> Result<Option<OperationId>, sqlx::Error> {
+    let id = sqlx::query_scalar!("SELECT id FROM operations WHERE workflow = $1 AND key = $2", W::NAME, key);
+    Ok(id.fetch_optional(db).await?.map(OperationId::from_uuid))
 }
 
 /// What a request to cancel met.

@@ -1,7 +1,7 @@
 //! Who may call what: every endpoint of the table by every kind of caller.
 
 use anyhow::{Context as _, ensure};
-use e2e::{Stack, program};
+use e2e::{Stack, TestApp, World, program, until};
 use reqwest::{Method, StatusCode};
 use systemprompt_contract::{TenantId, paths, token};
 
@@ -100,6 +100,121 @@ async fn absent_and_malformed_ids_are_the_same_answer() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What would end the stack's token comes with others; everything else lets its owner in.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_owner_gets_in_and_no_cache_keeps_what_he_gets() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("own").await?;
+    let owner = stack.create_member("member@systemprompt.localhost")?;
+    let operations = operations(&stack).await?;
+    // What ends the tenant or the token goes last: after it there is nothing to ask about.
+    let mut rows: Vec<Endpoint> = endpoints()?.into_iter().filter(|row| row.path.starts_with("/api/")).collect();
+    rows.sort_by_key(|row| row.method == "DELETE" || row.path.ends_with("/logout"));
+    for Endpoint { method, path, access } in rows {
+        let id = match access.as_str() {
+            "checkout" => checkout_of(&stack, tenant.id).await?,
+            "operation" | "operator" => operations.first().cloned().context("an operation")?,
+            _ => tenant.id.to_string(),
+        };
+        let url = format!("{}{}", stack.api_url(), path.replace("{id}", &id));
+        let ask = |token: &str| {
+            let request = stack.client().request(method.parse().unwrap_or_default(), &url).bearer_auth(token);
+            if method == "GET" { request } else { request.json(&serde_json::json!({})) }
+        };
+        let ends_token = path.ends_with("/logout");
+        let token = if ends_token { &owner } else { stack.token() };
+        if access == "operator" {
+            let answer = ask(owner.expose()).send().await?;
+            ensure!(answer.status() == StatusCode::FORBIDDEN, "{method} {path} as a member: {}", answer.status());
+        }
+        let answer = ask(token.expose()).send().await?;
+        let (status, cache) = (answer.status(), answer.headers().get("cache-control").cloned());
+        ensure!(!matches!(status.as_u16(), 401 | 403 | 404) || access == "public", "{method} {path}: {status}");
+        ensure!(cache.as_ref().is_some_and(|cache| cache == "no-store"), "{method} {path}: {cache:?}");
+    }
+    Ok(())
+}
+
+/// A client that lost an answer asks again. What hands out a secret once has no second answer to give.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_something_can_be_asked_twice_under_one_key() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("twice").await?;
+    let app = TestApp { behaviour: "healthy", text: "twice" }.push(&stack, &tenant).await?;
+    let (checkout, operation) = (checkout_of(&stack, tenant.id).await?, operations(&stack).await?.swap_remove(0));
+    let image = serde_json::json!({ "image": app.image, "digest": app.digest });
+    let order = serde_json::json!({ "price_id": "pri_standard", "region": "fra" });
+    let nothing = serde_json::json!({});
+    let calls = [
+        (Method::POST, paths::CHECKOUT.to_owned(), order),
+        (Method::POST, paths::checkout(checkout.parse()?, "/confirm"), nothing.clone()),
+        (Method::POST, format!("/api/v1/operations/{operation}/retry"), nothing.clone()),
+        (Method::POST, paths::tenant(tenant.id, "/deploy"), image),
+        (Method::DELETE, paths::tenant(tenant.id, "?purge=true"), nothing),
+    ];
+    // Secrets are made and ended once; a form is a page's; the webhook has its event's id.
+    let once = ["/login", "/setup", "/auth/setup", "/auth/token", "/auth/logout", "/webhooks/manual"];
+    let changing = endpoints()?.into_iter().filter(|row| row.method != "GET");
+    let repeatable = changing.filter(|row| !once.iter().any(|path| row.path.ends_with(path))).count();
+    ensure!(repeatable == calls.len(), "{repeatable} rows can be repeated, {} are called", calls.len());
+    for (method, path, body) in calls {
+        let ask = async |key: &str| {
+            let request = stack.client().request(method.clone(), format!("{}{path}", stack.api_url()));
+            let request = request.bearer_auth(stack.token().expose()).header("idempotency-key", key).json(&body);
+            let answer = request.send().await?;
+            anyhow::Ok((answer.status(), answer.json::<serde_json::Value>().await?))
+        };
+        let (status, refused) = ask("").await?;
+        ensure!(status == StatusCode::BAD_REQUEST, "{method} {path} with an empty key: {refused}");
+        let (first, second) = (ask("one").await?, ask("one").await?);
+        ensure!(first.0.is_success() && first == second, "{method} {path}: {first:?}, then {second:?}");
+        if method == Method::DELETE {
+            until("the purge is through", async || {
+                World::look(&stack).await.is_ok_and(|world| world.check(&[], &[]).is_ok())
+            })
+            .await?;
+            ensure!(ask("one").await? == first, "the tenant's row is gone, the answer is not");
+            ensure!(ask("two").await?.0 == StatusCode::NOT_FOUND);
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unknown_words_of_a_query_are_refused() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.buy("worded").await?;
+    for (method, path) in [
+        (Method::GET, paths::TENANTS.to_owned()),
+        (Method::GET, paths::tenant(tenant.id, "/logs")),
+        (Method::DELETE, paths::tenant(tenant.id, "")),
+    ] {
+        let request = stack.client().request(method, format!("{}{path}?colour=red", stack.api_url()));
+        let answer = request.bearer_auth(stack.token().expose()).send().await?;
+        let body: serde_json::Value = answer.json().await?;
+        ensure!(body["error"]["code"] == "unknown_field", "{path}: {body}");
+    }
+    Ok(())
+}
+
+/// The command line keeps what `/tenants` and `/auth/me` say in one file: both must say the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operator_lists_his_own_tenants_and_everybodys_by_asking() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let member = stack.create_member("member@systemprompt.localhost")?;
+    stack.buy("mine").await?;
+    let mut control = e2e::connect(&stack, "control", "systemprompt").await?;
+    let given = "UPDATE tenants SET account_id = (SELECT id FROM accounts WHERE email LIKE 'member@%')";
+    sqlx::query(given).execute(&mut control).await?;
+    let list = async |query: &str| stack.call(Method::GET, &format!("{}{query}", paths::TENANTS), None).await;
+    ensure!(list("").await?["data"] == serde_json::json!([]));
+    ensure!(list("?all=true").await?["data"][0]["name"] == "mine");
+    let everybodys = format!("{}{}?all=true", stack.api_url(), paths::TENANTS);
+    let answer = stack.client().get(everybodys).bearer_auth(member.expose()).send().await?;
+    ensure!(answer.status() == StatusCode::FORBIDDEN, "{}", answer.status());
+    Ok(())
+}
+
 /// A stranger with a valid token of his own: everything that is not his does not exist for him.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stranger_cannot_tell_others_things_from_absent_ones() -> anyhow::Result<()> {
@@ -111,7 +226,7 @@ async fn a_stranger_cannot_tell_others_things_from_absent_ones() -> anyhow::Resu
     let operations = operations(&stack).await?;
     for Endpoint { method, path, access } in endpoints()? {
         let own = match access.as_str() {
-            "tenant" => tenant.id.to_string(),
+            "tenant" | "deletion" => tenant.id.to_string(),
             "checkout" => checkout_of(&stack, tenant.id).await?,
             "operation" => operations.first().cloned().context("an operation")?,
             _ => continue,
@@ -132,48 +247,6 @@ async fn a_stranger_cannot_tell_others_things_from_absent_ones() -> anyhow::Resu
     let listed = stack.client().get(format!("{}{}", stack.api_url(), paths::TENANTS)).bearer_auth(stranger.expose());
     let listed: serde_json::Value = listed.send().await?.json().await?;
     ensure!(listed["data"] == serde_json::json!([]), "{listed}");
-    Ok(())
-}
-
-/// Whose account is in order, but no operator's.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_member_is_refused_what_is_the_operators() -> anyhow::Result<()> {
-    let stack = Stack::start().await?;
-    let member = stack.create_member("member@systemprompt.localhost")?;
-    let mut seen = 0;
-    for Endpoint { method, path, .. } in endpoints()?.into_iter().filter(|row| row.access == "operator") {
-        let url = format!("{}{}", stack.api_url(), path.replace("{id}", &TenantId::new().to_string()));
-        let answer = stack.client().request(method.parse()?, url).bearer_auth(member.expose()).send().await?;
-        ensure!(answer.status() == StatusCode::FORBIDDEN, "{method} {path}: {}", answer.status());
-        seen += 1;
-    }
-    ensure!(seen > 1, "{seen} rows of the operator");
-    let list = |query: &str| stack.client().get(format!("{}{}{query}", stack.api_url(), paths::TENANTS));
-    let everybody = list("?all=true");
-    let refused = everybody.bearer_auth(member.expose()).send().await?;
-    ensure!(refused.status() == StatusCode::FORBIDDEN, "{refused:?}");
-    let answer = list("?al=true").bearer_auth(member.expose()).send().await?;
-    let body: serde_json::Value = answer.json().await?;
-    ensure!(body["error"]["code"] == "unknown_field" && body["error"]["message"].to_string().contains("al"), "{body}");
-    let answer = list("").bearer_auth(member.expose()).send().await?;
-    ensure!(answer.headers()["cache-control"] == "no-store", "{answer:?}");
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_deletion_with_the_same_key_is_the_same_deletion() -> anyhow::Result<()> {
-    let stack = Stack::start().await?;
-    let tenant = stack.provision("twice").await?;
-    let delete = async |key: &str| -> anyhow::Result<(StatusCode, serde_json::Value)> {
-        let url = format!("{}{}", stack.api_url(), paths::tenant(tenant.id, ""));
-        let request = stack.client().delete(url).bearer_auth(stack.token().expose()).header("idempotency-key", key);
-        let answer = request.send().await?;
-        Ok((answer.status(), answer.json().await?))
-    };
-    let first = delete("k").await?;
-    ensure!(first.0 == StatusCode::ACCEPTED && first == delete("k").await?, "{first:?}");
-    let other = delete("other").await?;
-    ensure!(other.0 == StatusCode::NOT_FOUND, "{other:?}");
     Ok(())
 }
 

@@ -3,11 +3,8 @@
 //! The outside sees a code, a sentence and a hint; the cause goes to the log, once, under the request id.
 
 use axum::{
-    extract::{
-        FromRequest, Request,
-        rejection::{BytesRejection, QueryRejection},
-    },
-    http::{HeaderName, HeaderValue, StatusCode, header},
+    extract::{FromRequest, FromRequestParts, Request, rejection::BytesRejection},
+    http::{HeaderName, HeaderValue, StatusCode, header, request::Parts},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -37,14 +34,6 @@ pub(crate) async fn with_request_id(request: Request, next: Next) -> Response {
     if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
         response.headers_mut().entry(REQUEST_ID).or_insert(value);
     }
-    response
-}
-
-/// Middleware: answers may hold tokens, and none may be shown to anybody else, so nobody keeps them unless they say so
-/// themselves (RFC 6749, 5.1).
-pub(crate) async fn never_stored(request: Request, next: Next) -> Response {
-    let mut response = next.run(request).await;
-    response.headers_mut().entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
 }
 
@@ -85,14 +74,6 @@ impl Failure {
             .hint("nothing was changed; try again in a moment");
         error.request_id = Some(id);
         Self(error)
-    }
-}
-
-impl From<QueryRejection> for Failure {
-    fn from(rejection: QueryRejection) -> Self {
-        let text = rejection.body_text();
-        let code = if text.contains("unknown field") { ErrorCode::UnknownField } else { ErrorCode::BadRequest };
-        Self::new(code, format!("the query is not what this call takes: {text}"))
     }
 }
 
@@ -174,18 +155,34 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
 /// # Errors
 /// `unknown_field` names the field that `T` does not know; anything else is `bad_request`.
 pub(crate) fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
-    serde_json::from_slice(body).map_err(|error| {
-        // serde_json has no kind of error for it, but its text is fixed: unknown field `x`, expected …
-        let text = error.to_string();
-        match text.strip_prefix("unknown field `").and_then(|rest| rest.split_once('`')) {
-            Some((field, rest)) => {
-                let known = rest.trim_start_matches(", ");
-                let known = known.rsplit_once(" at line ").map_or(known, |(known, _)| known);
-                Failure::new(ErrorCode::UnknownField, format!("this call does not know the field {field:?}: {known}"))
-            }
-            None => Failure::new(ErrorCode::BadRequest, format!("the body is not what this call takes: {text}")),
+    serde_json::from_slice(body).map_err(|error| not_taken("body", &error.to_string()))
+}
+
+/// serde has no kind of error for a field that is not known, but its text is fixed: unknown field `x`, expected …
+fn not_taken(part: &str, text: &str) -> Failure {
+    match text.split_once("unknown field `").and_then(|(_, rest)| rest.split_once('`')) {
+        Some((field, rest)) => {
+            let known = rest.trim_start_matches(", ");
+            let known = known.rsplit_once(" at line ").map_or(known, |(known, _)| known);
+            Failure::new(ErrorCode::UnknownField, format!("this call does not know the field {field:?}: {known}"))
         }
-    })
+        None => Failure::new(ErrorCode::BadRequest, format!("the {part} is not what this call takes: {text}")),
+    }
+}
+
+/// The query of a call, parsed into `T`, with the failures of [`Json`].
+#[derive(Debug)]
+pub(crate) struct Query<T>(pub(crate) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        let parsed = axum::extract::Query::from_request_parts(parts, state).await;
+        parsed
+            .map(|axum::extract::Query(query)| Self(query))
+            .map_err(|rejection| not_taken("query", &rejection.body_text()))
+    }
 }
 
 /// A failure of reading the body, before its content matters.

@@ -6,7 +6,11 @@
 pub(crate) mod error;
 pub(crate) mod pages;
 
-use crate::{app::App, identity::Principal, tenants::store};
+use crate::{
+    app::App,
+    identity::Principal,
+    tenants::{self, store},
+};
 use axum::{
     Router,
     extract::{DefaultBodyLimit, RawPathParams, Request, State, rejection::RawPathParamsRejection},
@@ -16,7 +20,7 @@ use axum::{
     routing::{MethodFilter, MethodRouter, on},
 };
 use error::Failure;
-use http::{HeaderMap, Method};
+use http::{HeaderMap, HeaderValue, Method, header};
 use serde::Serialize;
 use std::str::FromStr;
 use systemprompt_contract::{AccountId, CheckoutId, ErrorCode, OperationId, TenantId, TenantPhase};
@@ -36,6 +40,8 @@ pub(crate) enum Access {
     Operator,
     /// The owner of the tenant in the path, or the operator. Anyone else gets the answer for "absent".
     Tenant,
+    /// As [`Access::Tenant`], and whoever asked for this deletion under the same idempotency key before.
+    Deletion,
     /// The buyer of the checkout in the path, or the operator.
     Checkout,
     /// Whoever may see the tenant that the operation in the path works on.
@@ -101,7 +107,7 @@ pub(crate) fn endpoints() -> Endpoints {
     let endpoints = Endpoints::default().add(MethodFilter::GET, "/api/v1/health", Access::Public, health);
     let endpoints = crate::identity::endpoints(endpoints);
     let endpoints = crate::billing::endpoints(endpoints);
-    crate::tenants::endpoints(endpoints)
+    tenants::endpoints(endpoints)
 }
 
 /// The calls alone, without pages and webhooks: what may be served in clear on loopback.
@@ -120,9 +126,19 @@ fn router_of(app: &App, endpoints: Endpoints) -> Router {
             Failure::new(ErrorCode::MethodNotAllowed, "this path does not take that method")
         })
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
-        .layer(from_fn(error::never_stored))
+        .layer(from_fn(keep_in_no_cache))
         .layer(from_fn(error::with_request_id))
         .with_state(app.clone())
+}
+
+/// Answers of calls carry tokens and what is one caller's alone: no cache keeps any of them.
+async fn keep_in_no_cache(request: Request, next: Next) -> Response {
+    let is_call = request.uri().path().starts_with("/api/");
+    let mut response = next.run(request).await;
+    if is_call {
+        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+    response
 }
 
 /// Everything that the edge hands to the platform.
@@ -143,7 +159,14 @@ async fn check_access(
     mut request: Request,
     next: Next,
 ) -> Response {
-    match entitle(&app, access, params.ok().as_ref(), &mut request).await {
+    let params = params.ok();
+    let entitled = entitle(&app, access, params.as_ref(), &mut request).await;
+    // Every changing call takes a key; what repeats by itself only needs it to be one.
+    let checked = entitled.and_then(|()| match *request.method() {
+        Method::GET | Method::HEAD => Ok(()),
+        _ => idempotency_key(request.headers()).map(drop),
+    });
+    match checked {
         Ok(()) => next.run(request).await,
         Err(failure) => failure.into_response(),
     }
@@ -164,13 +187,18 @@ async fn entitle(
         Access::Operator if principal.is_operator() => {}
         Access::Operator => return Err(Failure::new(ErrorCode::Forbidden, "this call is the operator's")),
         Access::Tenant => {
-            // A deletion whose answer was lost is asked for again, with the same key.
-            let again = request.method() == Method::DELETE && request.headers().contains_key(IDEMPOTENCY_KEY);
             let tenant = visible_tenant(app, &principal, path_id(params, "tenant")?).await?;
-            if tenant.phase == TenantPhase::Deleted && !again {
-                return Err(Failure::not_found("tenant"));
-            }
             request.extensions_mut().insert(tenant);
+        }
+        Access::Deletion => {
+            let id: TenantId = path_id(params, "tenant")?;
+            if let Err(failure) = visible_tenant(app, &principal, id).await {
+                let key = idempotency_key(request.headers())?;
+                let mut connection = app.db.pool().acquire().await?;
+                let asked = tenants::asked_to_delete(&mut connection, id, &principal, key.as_deref()).await?;
+                asked.ok_or(failure)?;
+            }
+            request.extensions_mut().insert(id);
         }
         Access::Checkout => {
             let id: CheckoutId = path_id(params, "checkout")?;
@@ -199,6 +227,7 @@ async fn entitle(
 async fn visible_tenant(app: &App, principal: &Principal, id: TenantId) -> Result<store::Tenant, Failure> {
     store::tenant(app.db.pool(), id)
         .await?
+        .filter(|tenant| tenant.phase != TenantPhase::Deleted)
         .filter(|tenant| tenant.account == principal.account || principal.is_operator())
         .ok_or_else(|| Failure::not_found("tenant"))
 }
@@ -211,18 +240,16 @@ async fn operation_owner(app: &App, id: OperationId) -> Result<Option<AccountId>
     Ok(owner.fetch_optional(app.db.pool()).await?.map(AccountId::from_uuid))
 }
 
-/// The `{id}` of the path. What is no id, or no text, cannot exist: the same answer as for an absent one.
+/// The `{id}` of the path. What is no id, or not even text, cannot exist: the same answer as for an absent one.
 fn path_id<T: FromStr>(params: Option<&RawPathParams>, what: &str) -> Result<T, Failure> {
-    let mut params = params.iter().flat_map(|params| params.iter());
+    let mut params = params.into_iter().flatten();
     let text = params.find_map(|(name, value)| (name == "id").then_some(value)).unwrap_or_default();
     text.parse().map_err(|_| Failure::not_found(what))
 }
 
-const IDEMPOTENCY_KEY: &str = "idempotency-key";
-
 /// The caller's idempotency key, bounded; none: this call stands alone.
 pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
-    let Some(value) = headers.get(IDEMPOTENCY_KEY) else { return Ok(None) };
+    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
     match value.to_str() {
         Ok(key) if (1..=128).contains(&key.len()) => Ok(Some(key.to_owned())),
         _ => Err(Failure::new(ErrorCode::BadRequest, "expected an Idempotency-Key of 1 to 128 visible characters")),

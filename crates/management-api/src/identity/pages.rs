@@ -20,7 +20,10 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::Deserialize;
-use std::time::{Duration, Instant};
+use std::{
+    net::Ipv6Addr,
+    time::{Duration, Instant},
+};
 use systemprompt_contract::{AccountId, ErrorCode, Secret};
 
 /// What the command line asks for, as it stands in the query of the page and comes back with the form.
@@ -128,7 +131,7 @@ async fn try_login(
     let Form(form) = form.map_err(|_| bad_form())?;
     let session = page_guard::check(headers, &identity.site, &identity.form_key, &form.form_token)?;
     let authorization = Authorization::parse(&form.query)?;
-    match signed_in_account(identity, &form.email, form.password).await {
+    match signed_in_account(identity, &client_of(headers), &form.email, form.password).await {
         Ok(account) => {
             let code =
                 codes::create(identity.db.pool(), account, &authorization.redirect, authorization.challenge).await?;
@@ -146,10 +149,16 @@ async fn try_login(
 
 /// The account of an address and its password; the same answer and the same work for a wrong password, an unknown
 /// address and a text that is no address.
-async fn signed_in_account(identity: &Identity, email: &str, password: Secret) -> Result<AccountId, Failure> {
+async fn signed_in_account(
+    identity: &Identity,
+    client: &str,
+    email: &str,
+    password: Secret,
+) -> Result<AccountId, Failure> {
     let email = email.parse::<Email>().ok();
-    let limited_as = email.as_ref().map_or("not an address", Email::as_str);
-    identity.limits.admit(limited_as, Instant::now()).map_err(too_many_tries)?;
+    // What is no address is nobody's: only its client is held to account for it.
+    let limited_as = email.as_ref().map_or(client, Email::as_str);
+    identity.limits.admit(client, limited_as, Instant::now()).map_err(too_many_tries)?;
     let known = match &email {
         Some(email) => accounts::credentials(identity.db.pool(), email).await?,
         None => None,
@@ -163,6 +172,15 @@ async fn signed_in_account(identity: &Identity, email: &str, password: Secret) -
         }
         // Not 401: that would have to name a scheme (RFC 9110, 11.6.1), and a form has none.
         None => Err(Failure::new(ErrorCode::Forbidden, "The address or the password is not right.")),
+    }
+}
+
+/// Who sent this, as the edge says, which overwrites the header. An IPv6 client has a whole /64 to itself.
+fn client_of(headers: &HeaderMap) -> String {
+    let said = headers.get("x-forwarded-for").and_then(|value| value.to_str().ok()).unwrap_or_default();
+    match said.parse::<Ipv6Addr>() {
+        Ok(address) => format!("{:?}", &address.segments()[..4]),
+        Err(_) => said.to_owned(),
     }
 }
 

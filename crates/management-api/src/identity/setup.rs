@@ -14,10 +14,7 @@ use crate::{
     seal::private_file::{self, PrivateFileError},
 };
 use sqlx::{PgConnection, PgPool};
-use std::{
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::path::{Path, PathBuf};
 use systemprompt_contract::{ErrorCode, Secret, token};
 use systemprompt_workflow::Db;
 
@@ -98,11 +95,9 @@ pub(super) async fn create_first(
     email: &str,
     password: &Secret,
 ) -> Result<Account, Failure> {
-    // Before the expensive hash, and before the address and the password are judged for just anyone. Wrong tokens take
-    // no try from whoever has the right one: nobody guesses 256 bits.
+    // No limit of tries, which strangers could use up: the token cannot be guessed. Before the expensive hash, and before the address and the password are judged for just anyone.
     let token_hash = token::hash(setup_token.expose().trim());
     check(identity.db.pool(), &token_hash).await?;
-    identity.limits.admit("setup", Instant::now()).map_err(super::pages::too_many_tries)?;
     let new = NewAccount {
         email: email.parse::<Email>().map_err(bad_request)?,
         password: password.expose().parse::<Password>().map_err(bad_request)?,
@@ -123,7 +118,6 @@ pub(super) async fn create_first(
     }
     let account = hashed.insert(&mut tx).await?;
     tx.commit().await?;
-    identity.limits.forgive("setup");
     tracing::info!(account.id = %account.id, "the first account was made");
     if let Err(error) = private_file::remove(&identity.setup_token_file) {
         tracing::warn!(%error, "the used setup token stays in its file; it opens nothing any more");

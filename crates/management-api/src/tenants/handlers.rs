@@ -11,29 +11,27 @@ use crate::{
     app::App,
     http::{
         Access, Endpoints,
-        error::{Failure, Json},
+        error::{Failure, Json, Query},
         idempotency_key,
     },
     identity::Principal,
 };
 use axum::{
     Extension,
-    extract::{
-        Path, Query, State,
-        rejection::{PathRejection, QueryRejection},
-    },
+    extract::{Path, State, rejection::PathRejection},
     routing::MethodFilter,
 };
 use chrono::{TimeDelta, Utc};
 use http::{HeaderMap, StatusCode, header};
+use sqlx::PgConnection;
 use systemprompt_contract::{
     ApiError, Data, DeployAccepted, DeployRequest, DeploymentId, ErrorCode, IMAGE_REPOSITORY, MeTenant, OperationId,
-    OperationView, PlatformHost, RegistryToken, ReleaseView, Subject, TenantImage, TenantPhase, TenantStatusView,
-    TenantSummary, TenantTag, TenantView,
+    OperationView, PlatformHost, RegistryToken, ReleaseView, Subject, TenantId, TenantImage, TenantPhase,
+    TenantStatusView, TenantSummary, TenantTag, TenantView,
 };
 use systemprompt_oci::Digest;
 use systemprompt_registry::{Grant, ImageError};
-use systemprompt_workflow::{NewOperation, enqueue, enqueued};
+use systemprompt_workflow::{NewOperation, enqueue};
 use uuid::Uuid;
 
 /// How long a registry token lives.
@@ -46,7 +44,7 @@ pub(crate) fn endpoints(endpoints: Endpoints) -> Endpoints {
     endpoints
         .add(M::GET, "/api/v1/tenants", Access::SignedIn, list)
         .add(M::GET, "/api/v1/tenants/{id}", Access::Tenant, show)
-        .add(M::DELETE, "/api/v1/tenants/{id}", Access::Tenant, delete)
+        .add(M::DELETE, "/api/v1/tenants/{id}", Access::Deletion, delete)
         .add(M::GET, "/api/v1/tenants/{id}/status", Access::Tenant, status)
         .add(M::GET, "/api/v1/tenants/{id}/events", Access::Tenant, follow::tenant_events)
         .add(M::GET, "/api/v1/tenants/{id}/logs", Access::Tenant, logs::logs)
@@ -94,13 +92,14 @@ struct ListQuery {
 async fn list(
     State(app): State<App>,
     Extension(principal): Extension<Principal>,
-    query: Result<Query<ListQuery>, QueryRejection>,
+    Query(query): Query<ListQuery>,
 ) -> Result<axum::Json<Data<Vec<TenantSummary>>>, Failure> {
-    let Query(ListQuery { all }) = query?;
-    let tenants = match (all, principal.is_operator()) {
-        (true, true) => store::all(app.db.pool()).await?,
-        (true, false) => return Err(Failure::new(ErrorCode::Forbidden, "everybody's tenants are for the operator")),
+    let tenants = match (query.all, principal.is_operator()) {
         (false, _) => store::of_account(app.db.pool(), principal.account).await?,
+        (true, true) => store::all(app.db.pool()).await?,
+        (true, false) => {
+            return Err(Failure::new(ErrorCode::Forbidden, "everybody's tenants are the operator's to see"));
+        }
     };
     let data = tenants.iter().map(|tenant| summary(&app, tenant)).collect();
     Ok(axum::Json(Data { data }))
@@ -275,33 +274,36 @@ struct DeleteQuery {
     purge: bool,
 }
 
-/// Takes the tenant out of every list and out of the routes at once, and enqueues its end. The same key again is the
-/// same deletion, as long as there is a row of the tenant.
+/// Takes the tenant out of every list and out of the routes at once, and enqueues its end.
 async fn delete(
     State(app): State<App>,
-    Extension(tenant): Extension<Tenant>,
-    query: Result<Query<DeleteQuery>, QueryRejection>,
+    Extension(principal): Extension<Principal>,
+    Extension(id): Extension<TenantId>,
+    Query(query): Query<DeleteQuery>,
     headers: HeaderMap,
 ) -> Result<(StatusCode, axum::Json<Data<serde_json::Value>>), Failure> {
-    let Query(query) = query?;
     let mode = if query.purge { "purge" } else { "delete" };
-    let key = match idempotency_key(&headers)? {
-        Some(key) => format!("{}:{mode}:{key}", tenant.id),
-        None => format!("{}:{mode}", tenant.id),
-    };
-    let answer = |operation: OperationId| {
-        (StatusCode::ACCEPTED, axum::Json(Data { data: serde_json::json!({ "operation_id": operation }) }))
-    };
-    let missing = || Failure::not_found("tenant");
+    let caller_key = idempotency_key(&headers)?;
     let mut tx = app.db.begin().await?;
-    let tenant = store::lock(&mut tx, tenant.id).await?.ok_or_else(missing)?;
-    if tenant.phase == TenantPhase::Deleted {
-        return enqueued::<DeleteTenant>(&mut tx, &key).await?.map(answer).ok_or_else(missing);
+    // First the lock: of two calls under one key the second sees what the first did.
+    let tenant = store::lock(&mut tx, id).await?;
+    if let Some((operation, earlier)) = asked_to_delete(&mut tx, id, &principal, caller_key.as_deref()).await? {
+        if earlier != mode {
+            let message = "this Idempotency-Key came with another purge before";
+            return Err(Failure::new(ErrorCode::IdempotencyMismatch, message));
+        }
+        return Ok(deleting(operation));
     }
+    let tenant =
+        tenant.filter(|tenant| tenant.phase != TenantPhase::Deleted).ok_or_else(|| Failure::not_found("tenant"))?;
     if let Some(running) = tenant.active_operation {
         systemprompt_workflow::request_cancel(&mut tx, running).await?;
     }
     let workflow = DeleteTenant { tenant: tenant.id, purge: query.purge };
+    let key = match caller_key {
+        Some(key) => deletion_key(tenant.id, &principal, &key, mode),
+        None => format!("{}:{mode}", tenant.id),
+    };
     let new = NewOperation { input: &workflow, subject: Subject::Tenant(tenant.id), key: &key };
     let operation = enqueue(&mut tx, new).await.map_err(|error| Failure::internal(&error))?.id;
     let wait = if query.purge { TimeDelta::zero() } else { TimeDelta::hours(RESTORABLE_HOURS) };
@@ -309,7 +311,34 @@ async fn delete(
     store::advance(&mut tx, tenant.id, TenantEvent::DeleteAsked, moved).await.map_err(move_failure)?;
     routes::publish(&mut tx, tenant.id, &tenant.slug().hostname(&app.site.zone), None).await?;
     tx.commit().await?;
-    Ok(answer(operation))
+    Ok(deleting(operation))
+}
+
+fn deleting(operation: OperationId) -> (StatusCode, axum::Json<Data<serde_json::Value>>) {
+    (StatusCode::ACCEPTED, axum::Json(Data { data: serde_json::json!({ "operation_id": operation }) }))
+}
+
+/// What this caller started before under this key, and with which mode. It is found by the operation's own key, which
+/// outlives the tenant's row.
+pub(crate) async fn asked_to_delete(
+    connection: &mut PgConnection,
+    tenant: TenantId,
+    principal: &Principal,
+    key: Option<&str>,
+) -> Result<Option<(OperationId, &'static str)>, Failure> {
+    let Some(key) = key else { return Ok(None) };
+    for mode in ["delete", "purge"] {
+        let key = deletion_key(tenant, principal, key, mode);
+        if let Some(id) = systemprompt_workflow::find::<DeleteTenant>(&mut *connection, &key).await? {
+            return Ok(Some((id, mode)));
+        }
+    }
+    Ok(None)
+}
+
+/// Hashed, since an operation's key is shorter than what a caller may send.
+fn deletion_key(tenant: TenantId, principal: &Principal, key: &str, mode: &str) -> String {
+    format!("{tenant}:{mode}:{}:{}", principal.account, Digest::of(key.as_bytes()))
 }
 
 fn move_failure(error: store::MoveError) -> Failure {
@@ -341,17 +370,18 @@ async fn parked(State(app): State<App>) -> Result<axum::Json<Data<Vec<serde_json
     Ok(axum::Json(Data { data }))
 }
 
-/// Lets a parked operation try again from where it stands.
+/// Lets a parked operation try again from where it stands. Under a key, one that is not parked any more was let go by
+/// the same command before.
 async fn retry_parked(
     State(app): State<App>,
     id: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
 ) -> Result<axum::Json<Data<OperationView>>, Failure> {
     let missing = || Failure::not_found("operation");
-    let Path(id) = id.map_err(|_| missing())?;
-    let id = id.parse().map_err(|_| missing())?;
+    let id = id.ok().and_then(|Path(id)| id.parse().ok()).ok_or_else(missing)?;
     let retried = systemprompt_workflow::retry_stuck(&app.db, id).await?;
     let data = systemprompt_workflow::operation(&app.db, id).await?.ok_or_else(missing)?;
-    if !retried {
+    if !retried && idempotency_key(&headers)?.is_none() {
         let message = format!("the operation is {} and not parked", data.status.as_str());
         return Err(Failure::new(ErrorCode::Conflict, message));
     }

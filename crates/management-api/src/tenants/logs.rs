@@ -4,10 +4,13 @@ use super::{
     follow::{KEEP_ALIVE, last_event_id},
     store::{self, Deployment, Tenant},
 };
-use crate::{app::App, http::error::Failure};
+use crate::{
+    app::App,
+    http::error::{Failure, Query},
+};
 use axum::{
     Extension,
-    extract::{Query, State, rejection::QueryRejection},
+    extract::State,
     response::{IntoResponse as _, Response, sse},
 };
 use chrono::Utc;
@@ -37,10 +40,9 @@ pub(super) struct LogQuery {
 pub(super) async fn logs(
     State(app): State<App>,
     Extension(tenant): Extension<Tenant>,
-    query: Result<Query<LogQuery>, QueryRejection>,
+    Query(query): Query<LogQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    let Query(query) = query?;
     let start = LogStart::Tail(query.lines.unwrap_or(DEFAULT_LINES).min(MAX_LINES));
     let mut first = match query.deployment {
         None => None,

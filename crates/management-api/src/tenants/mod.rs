@@ -16,7 +16,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod workflow_tests;
 
-pub(crate) use handlers::{endpoints, me_tenants};
+pub(crate) use handlers::{asked_to_delete, endpoints, me_tenants};
 
 /// For steps that only go forward: what they act upon may be away for long, and giving up would not help.
 const FOREVER: systemprompt_workflow::Retry = systemprompt_workflow::Retry {

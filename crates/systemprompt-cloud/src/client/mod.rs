@@ -13,7 +13,7 @@ use std::{fmt, time::Duration};
 use systemprompt_contract::{
     ApiError, CheckoutCreated, CheckoutId, CheckoutRequest, CheckoutState, Data, DeployAccepted, DeployRequest,
     ErrorBody, ErrorCode, LogPage, Me, OperationId, OperationView, Plan, RegistryToken, RequestId, Secret,
-    SetupRequest, SignedIn, TenantId, TenantStatusView, TenantSummary, TenantView, TokenExchange, paths,
+    SetupRequest, SignedIn, TenantId, TenantStatusView, TenantSummary, TenantView, TokenExchange, paths, token,
 };
 
 /// A call that takes longer than this has failed; streams have no such limit.
@@ -74,7 +74,7 @@ impl CloudApiClient {
         self.get(paths::PLANS).await
     }
 
-    /// Starts a checkout; the same key and request again are the same checkout.
+    /// Starts a checkout. The same `idempotency_key` gets the same checkout.
     ///
     /// # Errors
     /// [`CloudError`].
@@ -140,7 +140,8 @@ impl CloudApiClient {
         }
         let query = if purge { "?purge=true" } else { "" };
         let path = paths::tenant(id, query);
-        self.read(self.request(Method::DELETE, &path)).await.map(|answer: Data<Started>| answer.data.operation_id)
+        let call = self.request(Method::DELETE, &path).header("idempotency-key", token::random_text().as_str());
+        self.read(call).await.map(|answer: Data<Started>| answer.data.operation_id)
     }
 
     /// One durable operation.
