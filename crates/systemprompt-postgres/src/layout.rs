@@ -6,6 +6,7 @@ use std::{
     fs::{self, DirBuilder, Permissions},
     os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 /// `sun_path` without its final zero.
@@ -159,6 +160,9 @@ fn canonical(data: &Path) -> Result<PathBuf, PostgresError> {
     Ok(parent.join(name))
 }
 
+/// How many directories this process has begun to make.
+static MADE: AtomicU32 = AtomicU32::new(0);
+
 /// Makes missing directories so that the server's user can pass, whatever our umask; leaves existing ones alone.
 fn create_directories(path: &Path) -> Result<(), PostgresError> {
     if path.is_dir() {
@@ -167,12 +171,22 @@ fn create_directories(path: &Path) -> Result<(), PostgresError> {
     if let Some(parent) = path.parent() {
         create_directories(parent)?;
     }
-    match fs::create_dir(path) {
-        // Somebody else was faster; the mode is then theirs to set.
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        made => made
-            .and_then(|()| fs::set_permissions(path, Permissions::from_mode(0o711)))
-            .map_err(PostgresError::io("making", path)),
+    // Beside its place first: two clusters start at once, and neither may see a directory whose mode is not set yet.
+    let mut unfinished = OsString::from(path);
+    unfinished.push(format!(".{}-{}.tmp", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed)));
+    let unfinished = PathBuf::from(unfinished);
+    let make = || {
+        fs::create_dir(&unfinished)?;
+        fs::set_permissions(&unfinished, Permissions::from_mode(0o711))?;
+        fs::rename(&unfinished, path)
+    };
+    match make() {
+        Err(error) => {
+            let _ = fs::remove_dir(&unfinished);
+            // Somebody else was faster.
+            if path.is_dir() { Ok(()) } else { Err(PostgresError::io("making", path)(error)) }
+        }
+        Ok(()) => Ok(()),
     }
 }
 
