@@ -156,6 +156,8 @@ async fn a_client_that_leaves_during_the_answer_frees_the_upstream() {
     stream.write_all(format!("GET / HTTP/1.1\r\nHost: {A}\r\n\r\n").as_bytes()).await.expect("write");
     let (handle, upstream) = (edge.handle.clone(), server.upstream.clone());
     eventually("the claim", || handle.in_flight(&upstream) == 1).await;
+    // Before that the app may never have heard of the request.
+    assert_eq!(Answer::read_head(&mut stream).await, 200);
     drop(stream);
     eventually("the claim ends", || {
         let _ = feed.send(Bytes::from_static(b"more"));
