@@ -32,13 +32,14 @@ pub(crate) fn prepare_request(headers: &mut HeaderMap, truth: &Truth<'_>) {
     headers.insert(X_REQUEST_ID, truth.request_id.clone());
 }
 
-/// Makes an upstream's fields fit for a client: hop-by-hop fields, those that `Connection` names, and
-/// instructions to proxies (`fly-*`) go. So does a length beside chunks, which did not count (RFC 9112, 6.3).
+/// Makes an upstream's fields fit for a client: hop-by-hop fields, those that `Connection` names, instructions
+/// to proxies (`fly-*`) and what is the edge's own voice go. So does a length beside chunks, which did not count
+/// (RFC 9112, 6.3).
 pub(crate) fn prepare_response(headers: &mut HeaderMap, request_id: &HeaderValue) {
     if headers.contains_key(TRANSFER_ENCODING) {
         headers.remove(CONTENT_LENGTH);
     }
-    strip(headers, |name| is_hop_by_hop(name) || starts_with(name, "fly-"));
+    strip(headers, |name| is_hop_by_hop(name) || starts_with(name, "fly-") || name == X_SYSTEMPROMPT_ERROR.as_str());
     headers.insert(X_REQUEST_ID, request_id.clone());
 }
 

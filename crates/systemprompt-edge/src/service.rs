@@ -8,7 +8,7 @@ use crate::{
     connection::Connection,
     exchange::{Activity, Exchange, ForwardError, forward},
     gate::{Refusal, Refused},
-    headers::{Truth, X_SYSTEMPROMPT_ERROR, detach, has_underscored_framing, prepare_request, prepare_response},
+    headers::{Truth, detach, has_underscored_framing, prepare_request, prepare_response},
     pool::Claim,
     routes::{Route, Why},
     target::{Named, Target, named, target},
@@ -89,6 +89,7 @@ impl Client {
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> Result<Response<ResponseBody>, Infallible> {
+        let is_h2 = request.version() == Version::HTTP_2;
         let mut response = self.respond(request).await;
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             self.connection.upgraded();
@@ -97,7 +98,9 @@ impl Client {
         }
         // hyper writes the version of the connection itself.
         *response.version_mut() = Version::HTTP_11;
-        response.body_mut().watch(Unread::current());
+        if is_h2 {
+            response.body_mut().watch(Unread::current());
+        }
         Ok(response)
     }
 
@@ -253,10 +256,6 @@ impl Client {
             return self.switch(response, upgrade, claim, &request_id, record);
         }
         prepare_response(response.headers_mut(), &request_id);
-        if scope == Scope::Tenant {
-            // The edge's own voice.
-            response.headers_mut().remove(X_SYSTEMPROMPT_ERROR);
-        }
         if is_h2 {
             detach(response.headers_mut());
         }

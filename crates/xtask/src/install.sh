@@ -18,6 +18,8 @@ restore() {
 enabled() { find "$units" -type l -path '*.wants/*' -printf '%f\n' 2>/dev/null | sort -u; }
 # What came with the packages would start at the next boot.
 disable_new() {
+    # Without systemd nothing is started at a boot by these links.
+    command -v systemctl >/dev/null || return 0
     for unit in $(enabled); do
         printf '%s\n' "$before" | grep -qxF "$unit" || systemctl disable --quiet "$unit" || true
     done
