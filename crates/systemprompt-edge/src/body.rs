@@ -1,6 +1,6 @@
 //! Bodies on their way through the edge: never collected, only counted and watched.
 
-use crate::{config::Limits, exchange::Exchange, unread::Unread};
+use crate::{config::Limits, exchange::Exchange, unread::Unread, upload::Upload};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -23,7 +23,7 @@ pub(crate) struct RequestBody {
 }
 
 struct Stream {
-    incoming: Incoming,
+    upload: Upload,
     progress: Arc<Progress>,
     limits: BodyLimits,
     received: u64,
@@ -108,10 +108,10 @@ impl RequestBody {
     }
 
     /// The client's body, and where to see how far it came.
-    pub(crate) fn stream(incoming: Incoming, limits: BodyLimits) -> (Self, Arc<Progress>) {
+    pub(crate) fn stream(upload: Upload, limits: BodyLimits) -> (Self, Arc<Progress>) {
         let progress = Arc::new(Progress::default());
         let stream = Stream {
-            incoming,
+            upload,
             progress: Arc::clone(&progress),
             limits,
             received: 0,
@@ -134,18 +134,18 @@ impl Body for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.stream.as_ref().is_none_or(|stream| stream.incoming.is_end_stream())
+        self.stream.as_ref().is_none_or(|stream| stream.upload.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.stream.as_ref().map_or_else(|| SizeHint::with_exact(0), |stream| stream.incoming.size_hint())
+        self.stream.as_ref().map_or_else(|| SizeHint::with_exact(0), |stream| stream.upload.size_hint())
     }
 }
 
 impl Stream {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyFailure>>> {
         loop {
-            let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(cx) else {
+            let Poll::Ready(frame) = Pin::new(&mut self.upload).poll_frame(cx) else {
                 ready!(self.poll_patience(cx));
                 return Poll::Ready(Some(Err(self.progress.fail(BodyFailure::TooSlow))));
             };
@@ -172,7 +172,7 @@ impl Stream {
         if self.limits.bytes.is_some_and(|limit| self.received > limit) {
             return Err(self.progress.fail(BodyFailure::TooLarge));
         }
-        if self.incoming.is_end_stream() {
+        if self.upload.is_end_stream() {
             self.progress.sent.store(true, Relaxed);
         }
         Ok(Frame::data(data))

@@ -7,6 +7,7 @@
 use crate::{
     config::Limits,
     gate::{Refusal, Refused, Upgrade},
+    input::Input,
 };
 use futures_util::task::AtomicWaker;
 use std::{
@@ -24,6 +25,7 @@ use tokio::sync::Notify;
 /// the counters read by [`EdgeHandle`](crate::EdgeHandle), so nothing here is ever contended.
 #[derive(Debug, Default)]
 pub(crate) struct Connection {
+    pub(crate) input: Arc<Input>,
     /// Requests that are not answered to the last byte yet.
     active: AtomicUsize,
     /// Requests ever begun.

@@ -35,12 +35,13 @@ pub(crate) fn prepare_request(headers: &mut HeaderMap, truth: &Truth<'_>) {
 /// Makes an upstream's fields fit for a client: hop-by-hop fields, those that `Connection` names, instructions
 /// to proxies (`fly-*`) and what is the edge's own voice go. So does a length beside chunks, which did not count
 /// (RFC 9112, 6.3).
-pub(crate) fn prepare_response(headers: &mut HeaderMap, request_id: &HeaderValue) {
-    if headers.contains_key(TRANSFER_ENCODING) {
+pub(crate) fn prepare_response(headers: &mut HeaderMap, request_id: HeaderValue) {
+    let unwanted =
+        |name: &str| is_hop_by_hop(name) || starts_with(name, "fly-") || name == X_SYSTEMPROMPT_ERROR.as_str();
+    if strip(headers, unwanted).contains(&TRANSFER_ENCODING) {
         headers.remove(CONTENT_LENGTH);
     }
-    strip(headers, |name| is_hop_by_hop(name) || starts_with(name, "fly-") || name == X_SYSTEMPROMPT_ERROR.as_str());
-    headers.insert(X_REQUEST_ID, request_id.clone());
+    headers.insert(X_REQUEST_ID, request_id);
 }
 
 /// Whether a framing field is spelt as some servers take for the real one; the gate looks for HTTP/1.1.
@@ -48,10 +49,12 @@ pub(crate) fn has_underscored_framing(headers: &HeaderMap) -> bool {
     ["content_length", "transfer_encoding"].iter().any(|name| headers.contains_key(*name))
 }
 
-/// Removes the fields that match, and before that those named by `Connection` (RFC 9110, 7.6.1). A name
-/// that frames or addresses the message cannot be nominated away.
-fn strip(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) {
-    if headers.contains_key(CONNECTION) {
+/// Removes the fields that match and, where `Connection` is one of them, those it names (RFC 9110, 7.6.1). A name
+/// that frames or addresses the message cannot be nominated away. Answers the names that matched.
+fn strip(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) -> Vec<HeaderName> {
+    // Usually there are few or none, so names are collected and not the map rebuilt.
+    let matched: Vec<HeaderName> = headers.keys().filter(|name| unwanted(name.as_str())).cloned().collect();
+    if matched.contains(&CONNECTION) {
         let nominated: Vec<HeaderName> = headers
             .get_all(CONNECTION)
             .iter()
@@ -63,18 +66,10 @@ fn strip(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) {
             headers.remove(name);
         }
     }
-    // Usually there is one such field or none, so names are collected and not the map rebuilt.
-    let mut found: Option<HeaderName> = None;
-    let mut more = Vec::new();
-    for name in headers.keys().filter(|name| unwanted(name.as_str())) {
-        match found {
-            None => found = Some(name.clone()),
-            Some(_) => more.push(name.clone()),
-        }
-    }
-    for name in found.into_iter().chain(more) {
+    for name in &matched {
         headers.remove(name);
     }
+    matched
 }
 
 fn is_hop_by_hop(name: &str) -> bool {
@@ -122,7 +117,8 @@ fn is(name: &str, claim: &str) -> bool {
 
 /// HTTP/2 may split the cookie into several fields; HTTP/1.1 knows one (RFC 9113, 8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
-    if headers.get_all(COOKIE).iter().nth(1).is_none() {
+    let twice = headers.len() > headers.keys_len();
+    if !twice || headers.get_all(COOKIE).iter().nth(1).is_none() {
         return;
     }
     let joined = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect::<Vec<_>>().join(&b"; "[..]);
@@ -230,7 +226,7 @@ mod tests {
     #[test]
     fn a_length_beside_chunks_goes() {
         let mut headers = map(&[("content-length", "3"), ("transfer-encoding", "chunked")]);
-        prepare_response(&mut headers, &value("id"));
+        prepare_response(&mut headers, value("id"));
         assert_eq!(headers, map(&[("x-request-id", "id")]));
     }
 
@@ -243,7 +239,7 @@ mod tests {
             ("x-internal", "1"),
             ("content-type", "text/plain"),
         ]);
-        prepare_response(&mut headers, &value("id"));
+        prepare_response(&mut headers, value("id"));
         let mut names: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         names.sort_unstable();
         assert_eq!(names, ["content-type", "x-request-id"]);

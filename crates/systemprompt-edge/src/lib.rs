@@ -21,6 +21,7 @@ mod flood;
 #[doc(hidden)]
 pub mod gate;
 mod headers;
+mod input;
 mod pool;
 mod probe;
 mod redirect;
@@ -31,6 +32,7 @@ mod target;
 mod tls;
 mod tunnel;
 mod unread;
+mod upload;
 mod upstream;
 mod worker;
 

@@ -4,6 +4,7 @@ use crate::{
     config::{Limits, Upstream},
     upstream::{Clock, Link},
 };
+use foldhash::fast::RandomState;
 use std::{
     collections::HashMap,
     sync::{
@@ -15,7 +16,7 @@ use std::{
 
 /// The upstreams one worker talks to. Used by that worker's thread; only counters are read by others.
 pub(crate) struct Pool {
-    origins: Mutex<HashMap<Upstream, Arc<Origin>>>,
+    origins: Mutex<HashMap<Upstream, Arc<Origin>, RandomState>>,
     shared: Arc<Shared>,
 }
 

@@ -4,14 +4,9 @@
 //! so that publishing one route among 100,000 costs microseconds and readers never wait.
 
 use crate::config::Upstream;
+use foldhash::fast::RandomState;
 use serde::{Deserialize, Serialize};
-use std::{
-    collections::{HashMap, hash_map::RandomState},
-    fmt,
-    hash::BuildHasher,
-    hash::Hash,
-    sync::Arc,
-};
+use std::{collections::HashMap, fmt, hash::BuildHasher, hash::Hash, sync::Arc};
 use systemprompt_contract::{Hostname, TenantSlug};
 
 const SHARDS: usize = 256;
@@ -159,12 +154,12 @@ struct Sharded<K, V> {
 }
 
 /// Keys sit behind an `Arc` too, so that copying a shard allocates its table only.
-type Shard<K, V> = HashMap<Arc<K>, V>;
+type Shard<K, V> = HashMap<Arc<K>, V, RandomState>;
 
 impl<K: Hash + Eq, V: Clone> Sharded<K, V> {
     fn new() -> Self {
-        let empty = Arc::new(Shard::new());
-        Self { hasher: RandomState::new(), shards: vec![empty; SHARDS] }
+        let empty = Arc::new(Shard::default());
+        Self { hasher: RandomState::default(), shards: vec![empty; SHARDS] }
     }
 
     fn index(&self, key: &K) -> usize {

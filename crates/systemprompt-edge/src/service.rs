@@ -15,6 +15,7 @@ use crate::{
     tls::Sni,
     tunnel::Tunnel,
     unread::Unread,
+    upload::Upload,
     worker::Worker,
 };
 use http::{
@@ -43,7 +44,7 @@ pub(crate) struct Client {
     sni: Sni,
     served: Arc<Served>,
     /// The last `Host` and what it means: connections hardly ever change theirs.
-    last: Mutex<Option<(HeaderValue, Target)>>,
+    last: Mutex<Option<(HeaderValue, Arc<Target>)>>,
 }
 
 /// Where a request goes.
@@ -90,7 +91,9 @@ impl Client {
         request: Request<Incoming>,
     ) -> Result<Response<ResponseBody>, Infallible> {
         let is_h2 = request.version() == Version::HTTP_2;
-        let mut response = self.respond(request).await;
+        let (head, incoming) = request.into_parts();
+        let upload = Upload::new(incoming, &head.headers);
+        let mut response = self.respond(Request::from_parts(head, upload)).await;
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             self.connection.upgraded();
         } else {
@@ -104,7 +107,7 @@ impl Client {
         Ok(response)
     }
 
-    async fn respond(&self, request: Request<Incoming>) -> Response<ResponseBody> {
+    async fn respond(&self, request: Request<Upload>) -> Response<ResponseBody> {
         let activity = Activity::begin(&self.connection);
         let id = self.worker.request_id();
         let mut record = Record::begin(id);
@@ -127,7 +130,7 @@ impl Client {
         }
     }
 
-    fn target(&self, request: &Request<Incoming>) -> Result<(HeaderValue, Target), Problem> {
+    fn target(&self, request: &Request<Upload>) -> Result<(HeaderValue, Arc<Target>), Problem> {
         let raw = match named(request.uri(), request.headers()) {
             Named::One(raw) => raw,
             Named::None => return Err(Problem::BadHost),
@@ -137,11 +140,11 @@ impl Client {
         if let Some((host, target)) = last.as_ref()
             && host.as_bytes() == raw
         {
-            return Ok((host.clone(), target.clone()));
+            return Ok((host.clone(), Arc::clone(target)));
         }
         let host = HeaderValue::from_bytes(raw).map_err(|_| Problem::BadHost)?;
-        let target = target(raw, &self.sni, &self.served, &self.worker.config.zone);
-        *last = Some((host.clone(), target.clone()));
+        let target = Arc::new(target(raw, &self.sni, &self.served, &self.worker.config.zone));
+        *last = Some((host.clone(), Arc::clone(&target)));
         Ok((host, target))
     }
 
@@ -196,7 +199,7 @@ impl Client {
         Decision::Forward(self.worker.pool.claim(&self.worker.config.platform), Scope::Platform)
     }
 
-    async fn forward(&self, mut request: Request<Incoming>, forwarding: Forwarding) -> Response<ResponseBody> {
+    async fn forward(&self, mut request: Request<Upload>, forwarding: Forwarding) -> Response<ResponseBody> {
         let Forwarding { claim, scope, host, id, accept, activity, record } = forwarding;
         let limits = &self.worker.config.limits;
         let is_h2 = request.version() == Version::HTTP_2;
@@ -212,25 +215,24 @@ impl Client {
         }
         let upgrade = Upgrade::wanted(&mut request);
         let request_id = request_id_value(id);
-        let (mut head, incoming) = request.into_parts();
+        let (mut head, upload) = request.into_parts();
         prepare_request(&mut head.headers, &Truth { client: &self.address, host: &host, request_id: &request_id });
         if let Some(upgrade) = &upgrade {
             upgrade.write(&mut head.headers);
         }
-        let (body, progress) = if incoming.is_end_stream() {
+        let (body, progress) = if upload.is_end_stream() {
             (RequestBody::none(), None)
         } else {
-            let (body, progress) = RequestBody::stream(incoming, BodyLimits::new(limits, cap));
+            let (body, progress) = RequestBody::stream(upload, BodyLimits::new(limits, cap));
             if !head.headers.contains_key(CONTENT_LENGTH) {
                 // hyper would send no body with methods that seldom have one.
                 head.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
             }
             (body, Some(progress))
         };
-        let mut request = Request::new(body);
-        *request.method_mut() = head.method;
-        *request.uri_mut() = uri;
-        *request.headers_mut() = head.headers;
+        (head.uri, head.version) = (uri, Version::HTTP_11);
+        head.extensions.clear();
+        let request = Request::from_parts(head, body);
         let (mut response, link) = match forward(&claim, request, progress.as_ref(), limits).await {
             Ok(answered) => answered,
             Err(error) => {
@@ -253,9 +255,10 @@ impl Client {
                 );
             };
             drop(activity);
-            return self.switch(response, upgrade, claim, &request_id, record);
+            link.leave();
+            return self.switch(response, upgrade, claim, request_id, record);
         }
-        prepare_response(response.headers_mut(), &request_id);
+        prepare_response(response.headers_mut(), request_id);
         if is_h2 {
             detach(response.headers_mut());
         }
@@ -269,7 +272,7 @@ impl Client {
         mut response: Response<Incoming>,
         upgrade: Upgrade,
         claim: Claim,
-        request_id: &HeaderValue,
+        request_id: HeaderValue,
         record: Option<Box<Record>>,
     ) -> Response<ResponseBody> {
         let protocol = response.headers().get(UPGRADE).cloned();
@@ -306,14 +309,14 @@ struct Upgrade {
 impl Upgrade {
     /// The same rule as the framing gate's: HTTP/1.1 GET without a body, one `Upgrade` to a WebSocket, and
     /// `Connection` that lists it. What else an app would agree to could carry requests past the edge.
-    fn wanted(request: &mut Request<Incoming>) -> Option<Self> {
+    fn wanted(request: &mut Request<Upload>) -> Option<Self> {
+        let protocol = request.headers().get(UPGRADE)?.clone();
         let fits = request.version() == Version::HTTP_11
             && request.method() == Method::GET
             && request.headers().get_all(UPGRADE).iter().count() == 1
             && lists_upgrade(request.headers())
             && request.body().is_end_stream();
-        let protocol = request.headers().get(UPGRADE).filter(|_| fits).cloned()?;
-        if !protocol.as_bytes().eq_ignore_ascii_case(b"websocket") {
+        if !fits || !protocol.as_bytes().eq_ignore_ascii_case(b"websocket") {
             return None;
         }
         Some(Self { protocol, client: upgrade::on(request) })
@@ -353,7 +356,9 @@ fn announced(headers: &HeaderMap) -> Option<u64> {
 }
 
 fn request_id_value(id: RequestId) -> HeaderValue {
-    HeaderValue::from_str(&id.to_string()).expect("a UUID is made of digits, letters and hyphens")
+    let mut text = uuid::Uuid::encode_buffer();
+    HeaderValue::from_str(id.uuid().hyphenated().encode_lower(&mut text))
+        .expect("a UUID is made of digits, letters and hyphens")
 }
 
 fn problem(error: &ForwardError, scope: Scope) -> Problem {

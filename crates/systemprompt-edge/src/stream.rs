@@ -1,6 +1,6 @@
 //! A client's socket, which notes when the client takes no bytes.
 
-use crate::connection::Connection;
+use crate::{connection::Connection, input::Reader};
 use std::{
     io,
     pin::Pin,
@@ -12,12 +12,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// See the module.
 pub(crate) struct Watched<S> {
     io: S,
+    reader: Reader,
     connection: Arc<Connection>,
 }
 
 impl<S> Watched<S> {
     pub(crate) fn new(io: S, connection: Arc<Connection>) -> Self {
-        Self { io, connection }
+        Self { io, reader: Reader::new(Arc::clone(&connection.input)), connection }
     }
 
     fn note(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -31,7 +32,8 @@ impl<S> Watched<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_read(cx, buf)
+        let this = self.get_mut();
+        this.reader.poll(Pin::new(&mut this.io), cx, buf)
     }
 }
 

@@ -8,6 +8,7 @@
 use crate::{
     body::{Progress, RequestBody},
     config::Upstream,
+    input::Reader,
 };
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
@@ -37,19 +38,29 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
+    task::AbortHandle,
 };
 
 /// Largest read buffer on either leg: hyper's default grows to 400 KiB, which costs page faults and
 /// memory for nothing.
 pub(crate) const BUFFER_BYTES: usize = 64 * 1024;
 
-/// A connection that can carry one request at a time. Dropping it closes the connection, unless it was
-/// detached: then the end of the request or of its answer's body does.
+/// A connection that can carry one request at a time. Dropping it closes the connection, unless it became a tunnel.
 pub(crate) struct Link {
     sender: SendRequest<RequestBody>,
     driver: Driver,
     /// Set by the first byte that comes back; cleared before each request.
     answered: Arc<AtomicBool>,
+    /// Of a connection that was detached.
+    task: Option<AbortHandle>,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
 }
 
 impl Link {
@@ -57,12 +68,18 @@ impl Link {
     /// that has a body or asks for an upgrade is sent.
     pub(crate) fn detach(&mut self) {
         if let Some(connection) = self.driver.connection.take() {
-            tokio::spawn(async move {
+            let task = tokio::spawn(async move {
                 if let Err(error) = connection.with_upgrades().await {
                     tracing::debug!(%error, "upstream connection ended");
                 }
             });
+            self.task = Some(task.abort_handle());
         }
+    }
+
+    /// Leaves the connection to the tunnel that it became.
+    pub(crate) fn leave(mut self) {
+        self.task = None;
     }
 
     /// Sends a request and waits for the head of its answer. The patience with the upstream begins anew
@@ -283,10 +300,10 @@ pub(crate) async fn connect(upstream: &Upstream, clock: &Arc<Clock>) -> Result<L
         }
         Upstream::Unix(path) => Socket::Unix(UnixStream::connect(path).await.map_err(ConnectError::Io)?),
     };
-    let io = TokioIo::new(Watched { io, answered: Arc::clone(&answered) });
+    let io = TokioIo::new(Watched { io, reader: Reader::new(Arc::default()), answered: Arc::clone(&answered) });
     let (sender, connection) =
         http1::Builder::new().max_buf_size(BUFFER_BYTES).handshake(io).await.map_err(ConnectError::Http)?;
-    Ok(Link { sender, driver: Driver::new(connection, clock.relay()), answered })
+    Ok(Link { sender, driver: Driver::new(connection, clock.relay()), answered, task: None })
 }
 
 enum Socket {
@@ -296,7 +313,21 @@ enum Socket {
 
 struct Watched {
     io: Socket,
+    reader: Reader,
     answered: Arc<AtomicBool>,
+}
+
+/// An upstream that closed takes no more, but may have answered before: hyper would give up at the failed write
+/// and never read that. So what is written goes nowhere, and reading tells how the exchange ends.
+fn taken(written: Poll<io::Result<usize>>, all: usize) -> Poll<io::Result<usize>> {
+    match written {
+        Poll::Ready(Err(error))
+            if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
+        {
+            Poll::Ready(Ok(all))
+        }
+        written => written,
+    }
 }
 
 impl AsyncRead for Watched {
@@ -304,8 +335,8 @@ impl AsyncRead for Watched {
         let this = self.get_mut();
         let before = buf.filled().len();
         let result = match &mut this.io {
-            Socket::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Socket::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Socket::Tcp(stream) => this.reader.poll(Pin::new(stream), cx, buf),
+            Socket::Unix(stream) => this.reader.poll(Pin::new(stream), cx, buf),
         };
         if buf.filled().len() > before {
             this.answered.store(true, Relaxed);
@@ -316,10 +347,12 @@ impl AsyncRead for Watched {
 
 impl AsyncWrite for Watched {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.get_mut().io {
+        let this = self.get_mut();
+        let written = match &mut this.io {
             Socket::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Socket::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
-        }
+        };
+        taken(written, buf.len())
     }
 
     fn poll_write_vectored(
@@ -331,10 +364,12 @@ impl AsyncWrite for Watched {
         if let [one] = bufs {
             return self.poll_write(cx, one);
         }
-        match &mut self.get_mut().io {
+        let this = self.get_mut();
+        let written = match &mut this.io {
             Socket::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Socket::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-        }
+        };
+        taken(written, bufs.iter().map(|buf| buf.len()).sum())
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -171,7 +171,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Gate<S> {
                 ready!(this.poll_answer(cx));
             }
             if this.held.is_empty() {
+                if this.connection.input.is_quiet(cx) {
+                    return Poll::Pending;
+                }
                 ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
+                this.connection.input.stir();
                 if buf.filled().len() == before {
                     return Poll::Ready(Ok(()));
                 }

@@ -6,6 +6,7 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use std::{sync::atomic::Ordering, time::Duration};
+use systemprompt_edge::Why;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -160,6 +161,64 @@ async fn a_long_upload_is_no_late_answer() {
     }
     assert_eq!(Answer::read(&mut stream).await.expect("answer").status, 200);
     assert_eq!(a.take()[0].body.len(), 16);
+}
+
+/// Answers as soon as it has a head, and neither reads on nor closes.
+async fn answers_early_and_stops() -> (systemprompt_edge::Upstream, tokio::task::JoinHandle<()>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let upstream = systemprompt_edge::Upstream::Tcp(listener.local_addr().expect("address"));
+    let server = tokio::spawn(async move {
+        let mut open = Vec::new();
+        loop {
+            let (mut stream, _) = listener.accept().await.expect("accept");
+            let _ = stream.read(&mut [0; 1024]).await;
+            let _ = stream.write_all(b"HTTP/1.1 405 Method Not Allowed\r\nContent-Length: 2\r\n\r\nno").await;
+            open.push(stream);
+        }
+    });
+    (upstream, server)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_before_the_end_of_the_body_arrives() {
+    let closes = Server::tcp(|_| async { status(http::StatusCode::METHOD_NOT_ALLOWED) }).await;
+    let (stops, stopped) = answers_early_and_stops().await;
+    let body = vec![b'x'; 4 * 1024 * 1024];
+    for (what, route, expected) in [
+        ("an app that closes", tenant(A, &closes.upstream), 405),
+        ("an app that reads no more", tenant(A, &stops), 405),
+        ("the edge itself", unavailable(A, Why::AwaitingDeploy), 503),
+    ] {
+        let edge = TestEdge::start(&nobody(), [route], |_| {}).await;
+        let mut stream = edge.tls(Some(A), &[]).await;
+        let head = format!("POST / HTTP/1.1\r\nHost: {A}\r\nContent-Length: {}\r\n\r\n", body.len());
+        // A client that looks for an answer only once it has sent everything, twice on one connection.
+        for turn in 1..=2 {
+            let sent = async {
+                stream.write_all(head.as_bytes()).await?;
+                stream.write_all(&body).await?;
+                stream.flush().await
+            };
+            timeout(DEADLINE, sent).await.expect("taken").unwrap_or_else(|error| panic!("{what}, {turn}: {error}"));
+            assert_eq!(Answer::read(&mut stream).await.expect(what).status, expected, "{what}, {turn}");
+        }
+        let ask = Request::post(format!("https://{A}/")).body(Full::new(Bytes::from(body.clone()))).expect("request");
+        let answer = edge.h2(Some(A)).await.send_request(ask).await.expect(what);
+        assert_eq!(answer.status(), expected, "{what}");
+        answer.into_body().collect().await.expect(what);
+    }
+    eventually("nothing is left of it", || closes.open.load(Ordering::SeqCst) == 0).await;
+    stopped.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_waits_to_be_asked_is_not_asked_for_in_vain() {
+    let edge = TestEdge::start(&nobody(), [unavailable(A, Why::AwaitingDeploy)], |_| {}).await;
+    let mut stream = edge.tls(Some(A), &[]).await;
+    let head = format!("POST / HTTP/1.1\r\nHost: {A}\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.expect("write");
+    assert_eq!(Answer::read(&mut stream).await.expect("answer").status, 503);
+    assert!(is_closed(&mut stream).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
