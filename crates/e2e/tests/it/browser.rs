@@ -4,7 +4,7 @@ use anyhow::{Context as _, ensure};
 use e2e::{Browser, Stack, Start, TestApp, until};
 use reqwest::Method;
 use serde_json::json;
-use std::{fs, path::Path, process::Stdio};
+use std::{fs, net::TcpListener, path::Path, process::Stdio};
 use systemprompt_contract::paths;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
@@ -70,6 +70,23 @@ async fn a_person_signs_in_with_a_browser() -> anyhow::Result<()> {
     ensure!(ok, "{said}");
     let whoami = stack.cli_as_is(project.path(), &["--json", "cloud", "auth", "whoami"]).await?.json()?;
     ensure!(whoami["data"]["user_email"] == EMAIL && whoami["data"]["token_status"] == "Valid", "{whoami}");
+    Ok(())
+}
+
+/// The API in clear has no pages; its address is where the command line sends the person all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_signs_in_to_the_api_in_clear() -> anyhow::Result<()> {
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let stack = Stack::start_with(&Start { arguments: &["--http-api", &address], ..Start::default() }).await?;
+    let browser = Browser::start(&stack).await?;
+    let project = tempfile::tempdir()?;
+    let mut login = Login::at(&format!("http://{address}"), &stack, project.path()).await?;
+    browser.open(&login.address).await?;
+    ensure!(browser.url().await?.starts_with(&cloud(&stack, "/login?")), "{}", browser.url().await?);
+    sign_in(&browser, PASSWORD).await?;
+    browser.until_shown("h1", "Almost there").await?;
+    let (ok, said) = login.end().await?;
+    ensure!(ok, "{said}");
     Ok(())
 }
 
@@ -188,7 +205,11 @@ struct Login {
 
 impl Login {
     async fn start(stack: &Stack, project: &Path) -> anyhow::Result<Self> {
-        let arguments = ["cloud", "auth", "login", "--no-browser", "--api-url", &stack.api_url()];
+        Self::at(&stack.api_url(), stack, project).await
+    }
+
+    async fn at(api_url: &str, stack: &Stack, project: &Path) -> anyhow::Result<Self> {
+        let arguments = ["cloud", "auth", "login", "--no-browser", "--api-url", api_url];
         let mut command = stack.cli_command(project, &arguments)?;
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
         let mut stderr = BufReader::new(child.stderr.take().context("stderr is piped")?);
@@ -196,7 +217,7 @@ impl Login {
         loop {
             let mut line = String::new();
             ensure!(stderr.read_line(&mut line).await? > 0, "it ended before it said an address: {said}");
-            if line.trim().starts_with("https://") {
+            if line.trim().starts_with(api_url) {
                 return Ok(Self { child, stderr, address: line.trim().to_owned() });
             }
             said.push_str(&line);

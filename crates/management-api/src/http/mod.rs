@@ -23,7 +23,7 @@ use error::Failure;
 use http::{HeaderMap, HeaderValue, Method, header};
 use serde::Serialize;
 use std::str::FromStr;
-use systemprompt_contract::{AccountId, CheckoutId, ErrorCode, OperationId, TenantId, TenantPhase};
+use systemprompt_contract::{AccountId, CheckoutId, ErrorCode, OperationId, TenantId, TenantPhase, paths};
 
 /// Bodies of API calls; images go to the registry, which streams.
 const MAX_BODY_BYTES: usize = 1024 * 1024;
@@ -110,11 +110,14 @@ pub(crate) fn endpoints() -> Endpoints {
     tenants::endpoints(endpoints)
 }
 
-/// The calls alone, without pages and webhooks: what may be served in clear on loopback.
+/// The calls alone, without pages and webhooks: what may be served in clear on loopback. The command line sends its
+/// person to the sign-in page of whichever address it was given, so that one page is named here.
 pub(crate) fn api_router(app: &App) -> Router {
+    let calls =
+        Endpoints { rows: endpoints().rows.into_iter().filter(|(row, _)| row.path.starts_with("/api/")).collect() };
     router_of(
         app,
-        Endpoints { rows: endpoints().rows.into_iter().filter(|(row, _)| row.path.starts_with("/api/")).collect() },
+        calls.add(MethodFilter::GET, paths::LOGIN_PAGE, Access::Public, crate::identity::login_page_elsewhere),
     )
 }
 

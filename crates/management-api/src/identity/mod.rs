@@ -23,6 +23,7 @@ mod tests;
 
 pub(crate) use accounts::{NewAccount, Role, account_by_id, create_account};
 pub(crate) use limits::Limits;
+pub(crate) use pages::login_page_elsewhere;
 pub(crate) use redirect::LoopbackRedirect;
 pub(crate) use setup::ensure_setup_token;
 pub(crate) use tokens::Principal;

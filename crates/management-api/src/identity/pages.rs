@@ -16,7 +16,7 @@ use axum::{
         Form, Query, State,
         rejection::{FormRejection, QueryRejection},
     },
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::PathAndQuery},
     response::{IntoResponse, Response},
 };
 use serde::Deserialize;
@@ -24,7 +24,7 @@ use std::{
     net::Ipv6Addr,
     time::{Duration, Instant},
 };
-use systemprompt_contract::{AccountId, ErrorCode, Secret};
+use systemprompt_contract::{AccountId, ErrorCode, Secret, paths};
 
 /// What the command line asks for, as it stands in the query of the page and comes back with the form.
 #[derive(Debug, Clone, Deserialize)]
@@ -109,6 +109,12 @@ pub(super) async fn show_login(
         }
         Err(Failure(error)) => Page::failure(SIGN_IN, &error).into_response(),
     }
+}
+
+/// `GET /login` where no pages are served: to where they are, with what the command line asks for.
+pub(crate) async fn login_page_elsewhere(State(identity): State<Identity>, uri: Uri) -> Response {
+    let path = uri.path_and_query().map_or(paths::LOGIN_PAGE, PathAndQuery::as_str);
+    moved(&format!("{}{path}", identity.site.cloud_url()))
 }
 
 /// `POST /login`: back to the command line with a code.
