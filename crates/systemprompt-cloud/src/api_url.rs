@@ -30,6 +30,12 @@ impl ApiUrl {
         self.0.split_once("://").map_or(&self.0, |(_, authority)| authority)
     }
 
+    /// What to type to sign in here and nowhere else.
+    pub fn sign_in_command(&self) -> String {
+        let command = "systemprompt cloud auth login";
+        if self.0 == Self::PRODUCTION { command.to_owned() } else { format!("{command} --api-url {self}") }
+    }
+
     /// The URL of `path`, which starts with `/`.
     pub(crate) fn join(&self, path: &str) -> String {
         format!("{}{path}", self.0)

@@ -73,12 +73,12 @@ impl CredentialsError {
         }
     }
 
-    /// What to do next.
-    pub fn hint(&self) -> Option<String> {
+    /// What to do next, where `api_url` is who is to be called.
+    pub fn hint(&self, api_url: &ApiUrl) -> Option<String> {
         match self {
-            Self::Missing { .. } => Some("Sign in: systemprompt cloud auth login".to_owned()),
+            Self::Missing { .. } => Some(format!("Sign in: {}", api_url.sign_in_command())),
             Self::Invalid { path, .. } => {
-                Some(format!("Remove {} and sign in: systemprompt cloud auth login", path.display()))
+                Some(format!("Remove {} and sign in: {}", path.display(), api_url.sign_in_command()))
             }
             Self::OtherOrigin { asked, .. } => Some(log_in_to(asked)),
             Self::Environment(_) | Self::Url(_) | Self::File(_) => None,

@@ -133,13 +133,9 @@ impl TransportFailure {
     }
 }
 
-/// The command that signs in to `api_url`.
+/// Tells to sign in to `api_url`.
 pub(crate) fn log_in_to(api_url: &ApiUrl) -> String {
-    if api_url.as_str() == ApiUrl::PRODUCTION {
-        "Sign in again: systemprompt cloud auth login".to_owned()
-    } else {
-        format!("Sign in again: systemprompt cloud auth login --api-url {api_url}")
-    }
+    format!("Sign in again: {}", api_url.sign_in_command())
 }
 
 /// reqwest's own sentence only says that sending failed; the last cause says why.

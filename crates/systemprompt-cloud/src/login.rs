@@ -53,11 +53,11 @@ impl LoginError {
         }
     }
 
-    /// What to do next.
-    pub fn hint(&self) -> Option<String> {
+    /// What to do next, where `api_url` is who was to be signed in to.
+    pub fn hint(&self, api_url: &ApiUrl) -> Option<String> {
         match self {
             Self::Cloud(error) => error.hint(),
-            _ => Some("Try again, or sign in with a token: systemprompt cloud auth login --token -".to_owned()),
+            _ => Some(format!("Try again, or sign in with a token: {} --token -", api_url.sign_in_command())),
         }
     }
 }

@@ -18,15 +18,16 @@ pub(crate) struct Session {
 impl Settings {
     /// The client of whoever is signed in here. The token goes to the API that issued it and to no other.
     pub(crate) fn session(&self, printer: &Printer) -> Result<Session, CliError> {
-        let credentials = self.credentials()?.load()?;
+        let credentials = self.credentials()?.load().map_err(|error| self.unusable(&error))?;
         let api_url = self.api_url.clone().unwrap_or_else(|| credentials.api_url.clone());
-        let token = credentials.token_for(&api_url)?;
+        let token = credentials.token_for(&api_url).map_err(|error| self.unusable(&error))?;
         match credentials.token_life(Utc::now()) {
             TokenLife::Good => {}
             TokenLife::EndsSoon(end) => {
                 printer.warn(&format!(
-                    "the token ends on {}; sign in again: systemprompt cloud auth login",
-                    end.format("%F")
+                    "the token ends on {}; sign in again: {}",
+                    end.format("%F"),
+                    api_url.sign_in_command()
                 ));
             }
             TokenLife::Ended(end) => printer.warn(&format!("the token ended on {}", end.format("%F"))),

@@ -2,7 +2,8 @@
 
 use std::{error::Error, process::ExitCode};
 use systemprompt_cloud::{
-    CheckoutError, CloudError, CredentialsError, DeployError, HttpError, LoginError, ProjectError, TenantStoreError,
+    ApiUrl, CheckoutError, CloudError, CredentialsError, DeployError, HttpError, LoginError, ProjectError,
+    TenantStoreError,
 };
 use systemprompt_contract::RequestId;
 
@@ -84,6 +85,16 @@ impl CliError {
         }
     }
 
+    /// `api_url` is who is to be called.
+    pub(crate) fn credentials(error: &CredentialsError, api_url: &ApiUrl) -> Self {
+        Self::of(error, error.code(), error.hint(api_url))
+    }
+
+    /// `api_url` is who was to be signed in to.
+    pub(crate) fn sign_in(error: &LoginError, api_url: &ApiUrl) -> Self {
+        Self::of(error, error.code(), error.hint(api_url)).request(error.request_id())
+    }
+
     fn of(error: &(dyn Error + 'static), code: &str, hint: Option<String>) -> Self {
         Self::Failed(Failure { hint, ..Failure::new(code, with_causes(error)) })
     }
@@ -125,29 +136,17 @@ impl From<std::io::Error> for CliError {
     }
 }
 
-macro_rules! from_library {
-    ($($error:ty),*) => {$(
-        impl From<$error> for CliError {
-            fn from(error: $error) -> Self {
-                Self::of(&error, error.code(), error.hint())
-            }
-        }
-    )*};
+impl From<TenantStoreError> for CliError {
+    fn from(error: TenantStoreError) -> Self {
+        Self::of(&error, error.code(), error.hint())
+    }
 }
 
-from_library!(CredentialsError, TenantStoreError);
-
-macro_rules! from_call {
-    ($($error:ty),*) => {$(
-        impl From<$error> for CliError {
-            fn from(error: $error) -> Self {
-                Self::of(&error, error.code(), error.hint()).request(error.request_id())
-            }
-        }
-    )*};
+impl From<CloudError> for CliError {
+    fn from(error: CloudError) -> Self {
+        Self::of(&error, error.code(), error.hint()).request(error.request_id())
+    }
 }
-
-from_call!(CloudError, LoginError);
 
 impl From<ProjectError> for CliError {
     fn from(error: ProjectError) -> Self {

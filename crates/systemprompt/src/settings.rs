@@ -3,7 +3,7 @@
 
 use crate::{args::GlobalArgs, error::CliError};
 use std::{io::IsTerminal as _, path::PathBuf};
-use systemprompt_cloud::{ApiUrl, CredentialsBootstrap, HttpOptions, Profile, Project};
+use systemprompt_cloud::{ApiUrl, CredentialsBootstrap, CredentialsError, HttpOptions, Profile, Project};
 
 /// Everything a command may know about where it runs.
 #[derive(Debug)]
@@ -45,7 +45,12 @@ impl Settings {
 
     /// Where the credentials come from; asked only by commands that need any, so that a tenant's server runs without.
     pub(crate) fn credentials(&self) -> Result<CredentialsBootstrap, CliError> {
-        Ok(CredentialsBootstrap::find(self.project.credentials_path(), env)?)
+        CredentialsBootstrap::find(self.project.credentials_path(), env).map_err(|error| self.unusable(&error))
+    }
+
+    /// Credentials that cannot be used, told with the sign-in to the API that was asked for.
+    pub(crate) fn unusable(&self, error: &CredentialsError) -> CliError {
+        CliError::credentials(error, &self.api_url.clone().unwrap_or_default())
     }
 
     /// The profile in force, when there is one.

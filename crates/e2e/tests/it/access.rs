@@ -55,6 +55,7 @@ async fn nobody_gets_in_without_a_valid_token() -> anyhow::Result<()> {
     let callers = [None, Some(""), Some("x"), Some(forged.expose()), Some(registry.as_str())];
     let guarded: Vec<Endpoint> = endpoints()?.into_iter().filter(|row| row.access != "public").collect();
     ensure!(guarded.len() >= 15, "{guarded:?}");
+    let next = format!("sign in: systemprompt cloud auth login --api-url {}", stack.api_url());
     for Endpoint { method, path, .. } in guarded {
         for (name, id) in [("own", tenant.id), ("absent", TenantId::new())] {
             let path = path.replace("{id}", &id.to_string());
@@ -67,7 +68,9 @@ async fn nobody_gets_in_without_a_valid_token() -> anyhow::Result<()> {
                 let status = answer.status();
                 let body: serde_json::Value = answer.json().await?;
                 ensure!(
-                    status == StatusCode::UNAUTHORIZED && body["error"]["code"] == "unauthorized",
+                    status == StatusCode::UNAUTHORIZED
+                        && body["error"]["code"] == "unauthorized"
+                        && body["error"]["hint"] == next,
                     "{method} {path} ({name}) as {caller:?}: {status} {body}"
                 );
             }

@@ -1,6 +1,6 @@
 //! Codes of the browser flow (RFC 6749 with PKCE, RFC 7636, and what RFC 9700 asks on top).
 
-use super::{accounts, redirect::LoopbackRedirect, tokens, unauthorized};
+use super::{Identity, accounts, redirect::LoopbackRedirect, tokens, unauthorized};
 use crate::http::error::Failure;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use sha2::{Digest as _, Sha256};
@@ -8,7 +8,6 @@ use sqlx::{PgConnection, PgPool};
 use std::str::FromStr;
 use subtle::ConstantTimeEq as _;
 use systemprompt_contract::{AccountId, ErrorCode, Secret, SignedIn, TokenExchange, token};
-use systemprompt_workflow::Db;
 
 /// The SHA-256 of a verifier (S256; the method `plain` proves nothing to who can read the request and is refused).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +64,8 @@ pub(super) async fn create(
 
 /// Exchanges a code for a token. Any attempt burns the code, also one that fails: whoever has the code but not the
 /// verifier must not get to try verifiers. A second attempt also revokes the token of the first (RFC 6749, 4.1.2).
-pub(super) async fn exchange(db: &Db, request: &TokenExchange) -> Result<SignedIn, Failure> {
+pub(super) async fn exchange(identity: &Identity, request: &TokenExchange) -> Result<SignedIn, Failure> {
+    let db = &identity.db;
     let code_hash = token::hash(request.code.expose());
     let mut tx = db.begin().await?;
     let Some(burnt) = burn(&mut tx, &code_hash).await? else {
@@ -82,8 +82,8 @@ pub(super) async fn exchange(db: &Db, request: &TokenExchange) -> Result<SignedI
         .execute(&mut *tx)
         .await?;
     tx.commit().await?;
-    let account =
-        accounts::account_by_id(db.pool(), burnt.account).await?.ok_or_else(|| unauthorized("the account is gone"))?;
+    let account = accounts::account_by_id(db.pool(), burnt.account).await?;
+    let account = account.ok_or_else(|| unauthorized(&identity.site, "the account is gone"))?;
     Ok(SignedIn { access_token, expires_at, user: account.into_user() })
 }
 

@@ -86,10 +86,10 @@ pub(crate) fn endpoints(endpoints: Endpoints) -> Endpoints {
 /// # Errors
 /// `unauthorized`, the same for a token that never was, ended or was revoked; those of the database.
 pub(crate) async fn principal(app: &App, headers: &HeaderMap) -> Result<Principal, Failure> {
-    let token = bearer(headers).ok_or_else(|| unauthorized("this call needs a token, and none came"))?;
+    let token = bearer(headers).ok_or_else(|| unauthorized(&app.site, "this call needs a token, and none came"))?;
     tokens::authenticate(app.db.pool(), token)
         .await?
-        .ok_or_else(|| unauthorized("the token is not valid, or not any more"))
+        .ok_or_else(|| unauthorized(&app.site, "the token is not valid, or not any more"))
 }
 
 /// Makes an account and a first token for it, for the operator's own command.
@@ -120,8 +120,8 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
-fn unauthorized(message: &str) -> Failure {
-    Failure::new(ErrorCode::Unauthorized, message).hint("sign in: systemprompt cloud auth login")
+fn unauthorized(site: &Site, message: &str) -> Failure {
+    Failure::new(ErrorCode::Unauthorized, message).hint(format!("sign in: {}", site.sign_in_command()))
 }
 
 /// `POST /auth/setup`: the first account, an operator, and a token for it.
@@ -138,7 +138,7 @@ async fn exchange(
     State(identity): State<Identity>,
     Json(request): Json<TokenExchange>,
 ) -> Result<axum::Json<SignedIn>, Failure> {
-    Ok(axum::Json(codes::exchange(&identity.db, &request).await?))
+    Ok(axum::Json(codes::exchange(&identity, &request).await?))
 }
 
 /// `POST /auth/logout`: the token it came with ends now.
@@ -152,8 +152,8 @@ async fn sign_out(
 
 /// `GET /auth/me`, bare.
 async fn me(State(app): State<App>, Extension(principal): Extension<Principal>) -> Result<axum::Json<Me>, Failure> {
-    let account =
-        account_by_id(app.db.pool(), principal.account).await?.ok_or_else(|| unauthorized("the account is gone"))?;
+    let account = account_by_id(app.db.pool(), principal.account).await?;
+    let account = account.ok_or_else(|| unauthorized(&app.site, "the account is gone"))?;
     let tenants = crate::tenants::me_tenants(&app, &principal).await?;
     Ok(axum::Json(Me { user: account.into_user(), customer: None, tenants }))
 }

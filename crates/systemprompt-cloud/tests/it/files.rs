@@ -90,7 +90,7 @@ fn files_of_other_clients_are_read() {
         fs::write(&path, bad).expect("written");
         let error = CloudCredentials::load_from_path(&path).expect_err(bad);
         assert!(!error.to_string().contains("hunter2"), "{error}");
-        assert!(error.hint().is_some());
+        assert!(error.hint(&ApiUrl::default()).is_some());
     }
 }
 

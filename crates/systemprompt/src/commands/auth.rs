@@ -43,7 +43,8 @@ pub(crate) async fn login(how: How, settings: &Settings, printer: &Printer) -> R
         How::Token => token_from_stdin()?,
         How::Browser { open } => {
             let show = |address: &str| show_address(address, open, printer);
-            sign_in_with_browser(&api_url, http.clone(), show).await?.access_token
+            let signed_in = sign_in_with_browser(&api_url, http.clone(), show).await;
+            signed_in.map_err(|error| CliError::sign_in(&error, &api_url))?.access_token
         }
     };
     let me = CloudApiClient::new(api_url.clone(), token.clone(), http).me().await?;
@@ -53,7 +54,7 @@ pub(crate) async fn login(how: How, settings: &Settings, printer: &Printer) -> R
         authenticated_at: Some(Utc::now()),
         user_email: me.user.email.clone(),
     };
-    credentials.save_to_path(path)?;
+    credentials.save_to_path(path).map_err(|error| settings.unusable(&error))?;
     remember_tenants(&me, settings)?;
     let view = SignedInView {
         expires_at: expiry(&credentials.api_token),
@@ -113,14 +114,14 @@ pub(crate) async fn logout(yes: bool, settings: &Settings, printer: &Printer) ->
         Ok(None) => return said(printer, "Nobody was signed in", false, None),
         // A file that cannot be read can still be removed.
         Err(CredentialsError::Invalid { .. }) => None,
-        other => other?,
+        other => other.map_err(|error| settings.unusable(&error))?,
     };
     confirmed("Sign out and revoke the token?", yes, settings)?;
     let revoked = match credentials {
         Some(credentials) => revoke(credentials, settings, printer).await?,
         None => false,
     };
-    CloudCredentials::delete_at_path(path)?;
+    CloudCredentials::delete_at_path(path).map_err(|error| settings.unusable(&error))?;
     said(printer, "Signed out", revoked, Some(path.clone()))
 }
 
@@ -159,7 +160,7 @@ pub(crate) async fn whoami(settings: &Settings, printer: &Printer) -> Result<(),
     let local_profiles = settings.project.profile_names().len();
     let credentials = match settings.credentials()?.load() {
         Err(error) if is_signed_out(&error) => None,
-        other => Some(other?),
+        other => Some(other.map_err(|error| settings.unusable(&error))?),
     };
     let view = match credentials {
         None => WhoamiView {

@@ -60,14 +60,15 @@ async fn auth(command: AuthCommand, settings: &Settings, printer: &Printer) -> R
 }
 
 fn how_to_sign_in(args: &LoginArgs, settings: &Settings) -> Result<auth::How, CliError> {
+    let command = settings.sign_in_url().sign_in_command();
     match args.token.as_deref() {
         Some("-") => Ok(auth::How::Token),
         Some(_) => Err(CliError::usage("a token as an argument can be seen by other users of this machine")
-            .hint("Pipe it: systemprompt cloud auth login --token - < FILE")),
+            .hint(format!("Pipe it: {command} --token - < FILE"))),
         None if args.no_browser => Ok(auth::How::Browser { open: false }),
         None if settings.interactive => Ok(auth::How::Browser { open: true }),
         None => Err(CliError::new("not_interactive", "there is no terminal, so no browser can be used")
-            .hint("Pipe a token: systemprompt cloud auth login --token - < FILE, or print the address: --no-browser")),
+            .hint(format!("Pipe a token: {command} --token - < FILE, or print the address: --no-browser"))),
     }
 }
 

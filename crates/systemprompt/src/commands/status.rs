@@ -48,10 +48,8 @@ pub(crate) async fn status(asked: Option<&str>, settings: &Settings, printer: &P
             credentials: CredentialsView { authenticated: false, user_email: None, token_expired: false },
             tenants: Vec::new(),
         },
-        other => {
-            other?;
-            signed_in(asked, profile, settings, printer).await?
-        }
+        Err(error) => return Err(settings.unusable(&error)),
+        Ok(_) => signed_in(asked, profile, settings, printer).await?,
     };
     printer.value(ArtifactType::PresentationCard, &status, |text| {
         text.pair("profile", status.profile.as_ref().map(|profile| &profile.display_name));
@@ -65,7 +63,7 @@ pub(crate) async fn status(asked: Option<&str>, settings: &Settings, printer: &P
         }
     })?;
     if !status.credentials.authenticated {
-        printer.next("systemprompt cloud auth login");
+        printer.next(&settings.sign_in_url().sign_in_command());
     }
     Ok(())
 }

@@ -23,6 +23,18 @@ fn nobody_is_signed_in() {
     error: there is no terminal, so no browser can be used
     hint: Pipe a token: systemprompt cloud auth login --token - < FILE, or print the address: --no-browser
     ");
+    // To this cloud and to no other.
+    for (arguments, next) in [
+        (&["cloud", "tenant", "list"][..], "hint: Sign in: systemprompt cloud auth login --api-url https://API\n"),
+        (
+            &["cloud", "auth", "login"],
+            "hint: Pipe a token: systemprompt cloud auth login --api-url https://API --token -",
+        ),
+        (&["cloud", "status"], "next: systemprompt cloud auth login --api-url https://API\n"),
+    ] {
+        let ended = cli.run(&[arguments, &["--api-url", &cloud.url]].concat());
+        assert!(ended.stderr.contains(next), "{arguments:?}: {}", ended.stderr);
+    }
     assert_snapshot!(cli.run(&["cloud", "deploy"]).shown(), @r"
     exit 1
     ----- stdout
@@ -55,6 +67,18 @@ fn a_token_that_is_cut_or_on_the_command_line() {
     error: a token as an argument can be seen by other users of this machine
     hint: Pipe it: systemprompt cloud auth login --token - < FILE
     ");
+}
+
+#[test]
+fn a_token_that_ends_soon() {
+    let cloud = Cloud::start();
+    let cli = Cli::new(&cloud);
+    let tomorrow = chrono::Utc::now() + chrono::TimeDelta::days(1);
+    let token = systemprompt_contract::token::new_api_token(tomorrow.timestamp());
+    cli.run_with(&["cloud", "auth", "login", "--token", "-", "--api-url", &cloud.url], token.expose());
+    let ended = cli.run(&["cloud", "tenant", "list"]);
+    let next = "; sign in again: systemprompt cloud auth login --api-url https://API\n";
+    assert!(ended.code == Some(0) && ended.stderr.contains(next), "{}", ended.stderr);
 }
 
 #[test]

@@ -34,10 +34,11 @@ pub(super) fn welcome(installation: &Installation, tenant: &Tenant) -> String {
     let project = installation.project();
     let (project, ca) = (project.display(), installation.ca_file());
     let ca = ca.display();
+    let sign_in = format!("systemprompt cloud auth login --api-url {}", installation.url("api"));
     // Absent when a person made the first account on the set-up page.
-    let account = Some(account::file(&installation.data)).filter(|file| file.exists()).map(|file| {
-        format!("  your account   {}    (e-mail and password for `systemprompt cloud auth login`)\n", file.display())
-    });
+    let account = Some(account::file(&installation.data))
+        .filter(|file| file.exists())
+        .map(|file| format!("  your account   {}    (e-mail and password for `{sign_in}`)\n", file.display()));
     let systemprompt = installation.programs.join("systemprompt");
     format!(
         "
