@@ -189,6 +189,10 @@ fn from_nothing_to_a_tenant_that_answers_again_and_until_ctrl_c() -> anyhow::Res
     let list = up.cli(&["cloud", "tenant", "list"])?;
     ensure!(list["data"]["tenants"].as_array().is_some_and(|tenants| tenants.len() == 1), "one tenant: {list}");
     ensure!(fs::read_dir(up.data().join("compute/apps"))?.count() == 1, "one app");
+    let second = up.command(&["--once"])?.output()?;
+    let (said, log) = (String::from_utf8(second.stderr)?, fs::read_to_string(up.data().join("management-api.log"))?);
+    ensure!(!second.status.success() && said.contains("in use by another `cargo xtask up`"), "{said}");
+    ensure!(!log.contains("in use"), "a refused start is told in the log of the one that runs: {log}");
     let ended = foreground.end(Signal::INT)?;
     ensure!(ended.success(), "{ended}");
     up.check_nothing_is_left()

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use rustix::process::{Signal, pidfd_send_signal};
 use serde::Deserialize;
 use std::{
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io::{BufReader, Read as _, Seek as _, SeekFrom},
     os::{fd::OwnedFd, unix::process::CommandExt as _},
     path::{Path, PathBuf},
@@ -63,7 +63,7 @@ impl Server {
         shell.interrupts.check()?;
         let log = Log::open(log_file)?;
         // Its own process group: Ctrl-C is ours to pass on, once, so that it drains.
-        command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log.file.try_clone()?);
+        command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log.writer()?);
         let mut child = command.spawn().context("cannot start management-api")?;
         let (sender, events) = mpsc::channel();
         let stdout = child.stdout.take().context("its standard output is a pipe")?;
@@ -213,24 +213,42 @@ fn parse_ready(line: &str) -> Option<Ready> {
     }
 }
 
-/// The server's log, and where in it this run begins: earlier runs must not be taken for this one.
+/// The server's log, and where in it this run begins: earlier runs must not be taken for this one. It is ours alone
+/// while we live: a second server of the same data would be refused, and must not say so among our server's lines.
 struct Log {
-    file: File,
     path: PathBuf,
     begin: u64,
+    _lock: File,
 }
 
 impl Log {
     fn open(path: &Path) -> Result<Self> {
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        }
+        let folder = path.parent().context("the log lies in a folder")?;
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let file = File::options()
             .create(true)
             .append(true)
             .open(path)
             .with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Self { begin: file.metadata()?.len(), file, path: path.to_owned() })
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => bail!(
+                "the data directory {} is in use by another `cargo xtask up`; end that one with Ctrl-C, \
+                 or give another directory with --data",
+                folder.display()
+            ),
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+            }
+        }
+        Ok(Self { begin: file.metadata()?.len(), path: path.to_owned(), _lock: file })
+    }
+
+    /// For the server to write to. Opened anew, so that the lock stays with us and ends with us: what the server
+    /// starts may outlive it.
+    fn writer(&self) -> Result<File> {
+        let file = File::options().append(true).open(&self.path);
+        file.with_context(|| format!("cannot write {}", self.path.display()))
     }
 
     fn tail(&self) -> String {
@@ -278,6 +296,21 @@ mod tests {
         let error = start("echo 'port 8443 is taken' >&2; exit 1", &log).err().unwrap().to_string();
         assert!(error.ends_with("port 8443 is taken"), "{error}");
         assert!(!error.contains("an earlier run"), "{error}");
+    }
+
+    #[test]
+    fn a_second_server_is_refused_and_writes_nothing_into_the_log_of_the_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        // What it started outlives it, with its standard error.
+        let lives_on = format!("(while [ -e {} ]; do sleep 0.05; done) &", folder.path().display());
+        let first = start(&format!("{lives_on} echo first >&2; echo '{READY}'; exec sleep 60"), &log).unwrap();
+        let error = start("echo refused >&2; exit 1", &log).err().unwrap().to_string();
+        assert!(error.contains(&folder.path().display().to_string()) && error.contains("--data"), "{error}");
+        assert_eq!(fs::read_to_string(&log).unwrap(), "first\n");
+        first.kill().unwrap();
+        let error = start("echo later >&2; exit 1", &log).err().unwrap().to_string();
+        assert!(error.ends_with(":\nlater"), "{error}");
     }
 
     #[test]
