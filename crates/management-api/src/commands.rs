@@ -49,8 +49,17 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 
 #[allow(clippy::print_stderr, reason = "the last words of a process that could not run")]
 fn fail(error: &anyhow::Error) -> ExitCode {
-    eprintln!("error: {error:#}");
+    eprintln!("error: {}", with_causes(error));
     ExitCode::FAILURE
+}
+
+/// The message and those of its causes that it does not already say itself.
+fn with_causes(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .skip(1)
+        .map(ToString::to_string)
+        .fold(error.to_string(), |said, cause| if said.contains(&cause) { said } else { format!("{said}: {cause}") })
 }
 
 fn start_logging() {

@@ -231,12 +231,13 @@ async fn a_second_control_plane_is_refused_by_directory_and_by_port() -> anyhow:
     let elsewhere = tempfile::tempdir()?;
     let error = stack.serve_twice(elsewhere.path())?;
     ensure!(error.contains(&stack.https_port().to_string()) && error.contains("--https"), "{error}");
+    ensure!(error.matches("Address already in use").count() == 1, "said once: {error}");
     stack.terminate()
 }
 
 #[test]
 fn a_taken_port_of_the_api_in_clear_is_said_with_its_option() -> anyhow::Result<()> {
-    let stack = Stack::prepare()?;
+    let mut stack = Stack::prepare()?;
     let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
     let address = taken.local_addr()?.to_string();
     let output = Command::new(e2e::program("management-api")?)
@@ -246,7 +247,15 @@ fn a_taken_port_of_the_api_in_clear_is_said_with_its_option() -> anyhow::Result<
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success() && error.contains(&address) && error.contains("--http-api"), "{error}");
     ensure!(!stack.data().join("postgres").exists(), "said before anything was made");
-    Ok(())
+    // But for keys, which the next start takes.
+    let data = stack.data();
+    let files = ["keys/seal.key", "ca/ca-key.pem", "ca/ca.pem", "ca/edge.sealed"];
+    let keys = || files.map(|file| fs::read(data.join(file)).ok());
+    let made = keys();
+    ensure!(made.iter().all(Option::is_some), "not all keys are there");
+    stack.serve(&Start::default())?;
+    ensure!(keys() == made, "the next start made keys of its own");
+    stack.terminate()
 }
 
 #[test]
