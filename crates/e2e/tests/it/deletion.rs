@@ -1,10 +1,11 @@
 //! Tenants go away, whenever and from wherever they are asked to.
 
 use crate::crash::settled;
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use e2e::{Stack, Start, TenantRef, TestApp, World, until};
 use reqwest::Method;
-use systemprompt_contract::paths;
+use serde_json::{Value, json};
+use systemprompt_contract::{OperationId, Secret, paths};
 
 async fn delete(stack: &Stack, tenant: &TenantRef, purge: bool) -> anyhow::Result<String> {
     let path = format!("{}?purge={purge}", paths::tenant(tenant.id, ""));
@@ -48,4 +49,37 @@ async fn a_tenant_can_be_deleted_while_it_is_deployed_to() -> anyhow::Result<()>
         .await?;
     delete(&stack, &tenant, true).await?;
     settled(&stack, &[], &[]).await
+}
+
+/// Nothing of the tenant is left then but what it was bought with.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_purged_a_tenant_can_read_how_that_ended_and_nobody_else_can() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let owner = stack.create_member("owner@systemprompt.localhost")?;
+    let stranger = stack.create_member("stranger@systemprompt.localhost")?;
+    let ask = async |who: &Secret, method: Method, path: &str| {
+        let request = stack.client().request(method, format!("{}{path}", stack.api_url())).bearer_auth(who.expose());
+        let order = json!({ "price_id": "pri_standard", "region": "iad", "name": "short-lived" });
+        let answer = request.json(&order).send().await?;
+        let status = answer.status().as_u16();
+        let mut body: Value = answer.json().await?;
+        body["error"]["request_id"] = Value::Null;
+        anyhow::Ok((status, body))
+    };
+    let (_, ordered) = ask(&owner, Method::POST, paths::CHECKOUT).await?;
+    let checkout = ordered["checkout_session_id"].as_str().context("checkout_session_id")?;
+    stack.confirm(checkout).await?;
+    let tenant = stack.bought(checkout).await?;
+    let (status, purging) =
+        ask(&owner, Method::DELETE, &format!("{}?purge=true", paths::tenant(tenant.id, ""))).await?;
+    let operation = purging["data"]["operation_id"].as_str().with_context(|| format!("{status} {purging}"))?;
+    settled(&stack, &[], &[]).await?;
+
+    let path = format!("/api/v1/operations/{operation}");
+    let (status, view) = ask(&owner, Method::GET, &path).await?;
+    ensure!(status == 200 && view["data"]["status"] == "succeeded", "{status} {view}");
+    let foreign = ask(&stranger, Method::GET, &path).await?;
+    let absent = ask(&stranger, Method::GET, &format!("/api/v1/operations/{}", OperationId::new())).await?;
+    ensure!(foreign.0 == 404 && foreign == absent, "{foreign:?} {absent:?}");
+    Ok(())
 }

@@ -44,7 +44,7 @@ pub(crate) enum Access {
     Deletion,
     /// The buyer of the checkout in the path, or the operator.
     Checkout,
-    /// Whoever may see the tenant that the operation in the path works on.
+    /// The owner of the tenant that the operation in the path works on, also once that is purged, or the operator.
     Operation,
 }
 
@@ -215,7 +215,6 @@ async fn entitle(
         Access::Operation => {
             let id: OperationId = path_id(params, "operation")?;
             let missing = || Failure::not_found("operation");
-            // A purged tenant's operations are the operator's alone.
             if operation_owner(app, id).await? != Some(principal.account) && !principal.is_operator() {
                 return Err(missing());
             }
@@ -236,11 +235,18 @@ async fn visible_tenant(app: &App, principal: &Principal, id: TenantId) -> Resul
 }
 
 async fn operation_owner(app: &App, id: OperationId) -> Result<Option<AccountId>, Failure> {
+    // A purge takes the tenant's row. Its checkout stays, so whoever asked for the purge can read how it ended.
     let owner = sqlx::query_scalar!(
-        "SELECT account_id FROM tenants JOIN operations ON subject = 'tenant:' || tenants.id WHERE operations.id = $1",
+        r#"
+        SELECT coalesce(
+            (SELECT account_id FROM tenants WHERE id = subject.tenant),
+            (SELECT account_id FROM checkouts WHERE tenant_id = subject.tenant)
+        )
+        FROM (SELECT substring(subject FROM '^tenant:(.+)$')::uuid AS tenant FROM operations WHERE id = $1) subject
+        "#,
         id.uuid()
     );
-    Ok(owner.fetch_optional(app.db.pool()).await?.map(AccountId::from_uuid))
+    Ok(owner.fetch_optional(app.db.pool()).await?.flatten().map(AccountId::from_uuid))
 }
 
 /// The `{id}` of the path. What is no id, or not even text, cannot exist: the same answer as for an absent one.
