@@ -6,6 +6,7 @@ mod crash;
 mod deletion;
 mod edge;
 mod faults;
+mod killed;
 mod logs;
 mod neighbours;
 mod registry;

@@ -1,0 +1,235 @@
+//! The command line is killed in the middle of a deploy. The same command again has to succeed, and nothing is there
+//! twice.
+
+use crate::crash::settled;
+use anyhow::{Context as _, bail, ensure};
+use e2e::{PATIENCE, Stack, TenantRef, until};
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::Stdio,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    task::{AbortHandle, JoinSet},
+};
+
+/// What of a push still arrives: a part of its largest layer, whatever else is sent beside it.
+const ARRIVES: usize = 1 << 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_killed_in_the_middle_of_a_push_leaves_nothing_to_trip_over() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("pushing").await?;
+    let folder = stack.data().join("registry/tenants").join(tenant.id.to_string());
+    let uploads = || fs::read_dir(folder.join("uploads")).into_iter().flatten().flatten();
+    let half_written = || uploads().any(|upload| upload.metadata().is_ok_and(|upload| upload.len() > 0));
+    killed(&stack, &tenant, Cut::Push, async |_| true).await?;
+    until("what had arrived is kept", async || half_written()).await?;
+    ensure!(!folder.join("manifests").exists(), "the push was not cut in its middle");
+
+    stack.deploy(&tenant).await?;
+    released(&stack, &tenant, &["live"]).await?;
+    // Nor does one that sends something new.
+    fs::write(tenant.project.join("web/dist/new.html"), "new")?;
+    stack.deploy(&tenant).await?;
+    released(&stack, &tenant, &["live", "retired"]).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_killed_before_its_deploy_arrives_has_deployed_nothing() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("asking").await?;
+    killed(&stack, &tenant, Cut::Call, async |said| said.contains("pushed sha256:")).await?;
+    ensure!(deployments(&stack).await?.is_empty(), "the call arrived");
+    settled(&stack, &[tenant.id], &[]).await?;
+
+    stack.deploy(&tenant).await?;
+    released(&stack, &tenant, &["live"]).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_killed_before_its_deploy_is_answered_has_deployed_once() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("asked").await?;
+    killed(&stack, &tenant, Cut::Answer, async |_| deployments(&stack).await.is_ok_and(|all| !all.is_empty())).await?;
+
+    // What was accepted goes on by itself. Until it is over, another deploy is told so.
+    let (deadline, id) = (Instant::now() + PATIENCE, tenant.id.to_string());
+    loop {
+        let output = stack.cli(&tenant, &["--json", "cloud", "deploy", "--tenant", &id]).await?;
+        let said = output.json()?;
+        match said["error"]["code"].as_str() {
+            None if output.ok => break,
+            Some("operation_in_progress") if Instant::now() < deadline => {}
+            _ => bail!("the same command: {output:?}"),
+        }
+    }
+    released(&stack, &tenant, &["live", "retired"]).await
+}
+
+/// The tenant answers, from one instance of one release; `states` are those of all deploys.
+async fn released(stack: &Stack, tenant: &TenantRef, states: &[&str]) -> anyhow::Result<()> {
+    settled(stack, &[tenant.id], &[tenant.id]).await?;
+    let found = deployments(stack).await?;
+    ensure!(found == states, "expected deploys {states:?}, found {found:?}");
+    let (status, _) = stack.get(tenant, "/").await?;
+    ensure!(status == 200, "{status}");
+    Ok(())
+}
+
+async fn deployments(stack: &Stack) -> anyhow::Result<Vec<String>> {
+    let mut control = e2e::connect(stack, "control", "systemprompt").await?;
+    let states = sqlx::query_scalar("SELECT state::text FROM deployments ORDER BY state::text");
+    Ok(states.fetch_all(&mut control).await?)
+}
+
+/// `cloud deploy` through a line that is cut, killed when the cut was reached and `when` is true of what it said.
+async fn killed(
+    stack: &Stack,
+    tenant: &TenantRef,
+    cut: Cut,
+    mut when: impl AsyncFnMut(&str) -> bool,
+) -> anyhow::Result<()> {
+    let signed_in = stack.cli(tenant, &["cloud", "auth", "whoami"]).await?;
+    ensure!(signed_in.ok, "{signed_in:?}");
+    let line = Line::open(cut).await?;
+    let (said, id) = (tenant.project.with_extension("said"), tenant.id.to_string());
+    let mut command = stack.cli_command(&tenant.project, &["cloud", "deploy", "--tenant", &id])?;
+    command.env("HTTPS_PROXY", &line.url).env_remove("NO_PROXY").env_remove("no_proxy");
+    let mut child = command.stdout(Stdio::null()).stderr(File::create(&said)?).spawn()?;
+    let words = |said: &Path| fs::read_to_string(said).unwrap_or_default();
+    let reached = until("the command is where it is to be killed", async || {
+        line.was_cut() && when(&words(&said)).await || child.try_wait().is_ok_and(|status| status.is_some())
+    });
+    reached.await.with_context(|| words(&said))?;
+    ensure!(child.try_wait()?.is_none(), "it ended by itself: {}", words(&said));
+    child.kill().await?;
+    Ok(())
+}
+
+/// Where nothing gets through any more, without a connection ending.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Cut {
+    /// In the middle of what is sent to the registry.
+    Push,
+    /// What the API is told once the push has begun: the deploy call.
+    Call,
+    /// What the API answers once the push has begun.
+    Answer,
+}
+
+/// The way of the command line to the cloud: a proxy. Dropped, all its connections end.
+struct Line {
+    url: String,
+    state: Arc<State>,
+    accepting: AbortHandle,
+}
+
+struct State {
+    cut: Cut,
+    pushing: AtomicBool,
+    pushed: AtomicUsize,
+    was_cut: AtomicBool,
+}
+
+impl Line {
+    async fn open(cut: Cut) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let state = Arc::new(State {
+            cut,
+            pushing: AtomicBool::new(false),
+            pushed: AtomicUsize::new(0),
+            was_cut: AtomicBool::new(false),
+        });
+        let accepting = tokio::spawn({
+            let state = Arc::clone(&state);
+            async move {
+                let mut connections = JoinSet::new();
+                while let Ok((client, _)) = listener.accept().await {
+                    connections.spawn(connect(client, Arc::clone(&state)));
+                }
+            }
+        });
+        Ok(Self { url, state, accepting: accepting.abort_handle() })
+    }
+
+    fn was_cut(&self) -> bool {
+        self.state.was_cut.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+/// One `CONNECT`: every name of the cloud is this machine.
+async fn connect(client: TcpStream, state: Arc<State>) -> anyhow::Result<()> {
+    let (reading, mut answering) = client.into_split();
+    let mut reading = BufReader::new(reading);
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        ensure!(reading.read_line(&mut head).await? > 0, "{head}");
+    }
+    let target = head.split(' ').nth(1).context("a target")?;
+    let port = target.rsplit_once(':').context("a port")?.1.parse::<u16>()?;
+    let to_registry = target.starts_with("registry.");
+    state.pushing.fetch_or(to_registry, Ordering::SeqCst);
+    let (answers, calls) = TcpStream::connect(("127.0.0.1", port)).await?.into_split();
+    answering.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await?;
+    // A client sends nothing before that answer.
+    let there = carry(reading.into_inner(), calls, |bytes| state.lets_call(to_registry, bytes));
+    let back = carry(answers, answering, |bytes| state.lets_answer(to_registry, bytes));
+    tokio::try_join!(there, back).map(drop)
+}
+
+/// Carries bytes for as long as `lets` takes them all; then nothing more is read, and nobody hangs up.
+async fn carry(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lets: impl Fn(usize) -> usize) -> anyhow::Result<()> {
+    let mut buffer = vec![0; 1 << 14];
+    loop {
+        let read = from.read(&mut buffer).await?;
+        if read == 0 {
+            return Ok(to.shutdown().await?);
+        }
+        let through = lets(read);
+        to.write_all(&buffer[..through]).await?;
+        if through < read {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl State {
+    /// How many of these bytes of the command line get through.
+    fn lets_call(&self, to_registry: bool, bytes: usize) -> usize {
+        let cut = match self.cut {
+            Cut::Push => to_registry && self.pushed.fetch_add(bytes, Ordering::SeqCst) > ARRIVES,
+            Cut::Call => !to_registry && self.pushing.load(Ordering::SeqCst),
+            Cut::Answer => false,
+        };
+        self.through(cut, bytes)
+    }
+
+    /// How many of these bytes of the cloud get through.
+    fn lets_answer(&self, from_registry: bool, bytes: usize) -> usize {
+        let cut = self.cut == Cut::Answer && !from_registry && self.pushing.load(Ordering::SeqCst);
+        self.through(cut, bytes)
+    }
+
+    fn through(&self, cut: bool, bytes: usize) -> usize {
+        self.was_cut.fetch_or(cut, Ordering::SeqCst);
+        if cut { 0 } else { bytes }
+    }
+}
