@@ -5,6 +5,7 @@ mod browser;
 mod crash;
 mod deletion;
 mod edge;
+mod environment;
 mod faults;
 mod killed;
 mod logs;

@@ -317,7 +317,7 @@ pub(crate) async fn launch_release(
     launched.map_err(driver_error)
 }
 
-/// The environment of every instance, as seed 002 and `decisions` list it. HOST and PORT are the driver's.
+/// The environment of every instance, as the README lists it. HOST and PORT are the driver's.
 async fn environment(
     infrastructure: &Infrastructure,
     pool: &sqlx::PgPool,
