@@ -32,6 +32,7 @@ use std::{
         unix::net::{SocketAddr as UnixAddress, UnixStream},
     },
     process::{Command, ExitCode, exit},
+    sync::mpsc,
     thread,
     time::Duration,
 };
@@ -54,7 +55,12 @@ pub fn app_main() -> ExitCode {
         _ => {}
     }
     let stubborn = behaviour == "stubborn";
-    thread::spawn(move || on_terminate(stubborn));
+    let (ready, handles) = mpsc::channel();
+    thread::spawn(move || on_terminate(stubborn, &ready));
+    // Whoever is answered may ask it to end at once.
+    if handles.recv().is_err() {
+        return ExitCode::from(97);
+    }
     let host = std::env::var("HOST").unwrap_or_default();
     let port = std::env::var("PORT").unwrap_or_default();
     let listener = match TcpListener::bind(format!("{host}:{port}")) {
@@ -72,11 +78,12 @@ pub fn app_main() -> ExitCode {
 }
 
 #[allow(clippy::exit, reason = "a test application ends from any thread")]
-fn on_terminate(stubborn: bool) {
+fn on_terminate(stubborn: bool, ready: &mpsc::Sender<()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     runtime.block_on(async {
         let kind = tokio::signal::unix::SignalKind::terminate();
         let mut terminate = tokio::signal::unix::signal(kind).expect("handler");
+        let _ = ready.send(());
         loop {
             terminate.recv().await;
             say("asked to terminate");
