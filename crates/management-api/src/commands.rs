@@ -8,8 +8,8 @@ use crate::{
     http,
     identity::{self, NewAccount, Role},
     installation::{
-        Clusters, existing_data, lock_data, open_control_database, open_data, open_stopping_driver, start_cluster,
-        take_down,
+        Clusters, existing_data, lock_data, open_control_database, open_data, open_stopping_driver,
+        refuse_absent_instances, start_cluster, take_down,
     },
     seal::Sealer,
     serve,
@@ -86,6 +86,7 @@ async fn edge_alone(arguments: EdgeArguments) -> anyhow::Result<()> {
         )
     };
     let snapshot = directory.load()?.with_context(|| missing(&directory.snapshot_file()))?;
+    refuse_absent_instances(&layout);
     let plan = EdgePlan {
         table: snapshot.table(),
         certificates: certificate_file.read()?.with_context(|| missing(certificate_file.path()))?,

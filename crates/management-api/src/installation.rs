@@ -15,7 +15,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use systemprompt_compute::process::{Bind, ProcessConfig, ProcessDriver};
+use systemprompt_compute::process::{self, Bind, NetworkConfig, ProcessConfig, ProcessDriver};
 use systemprompt_postgres::{
     Access, Cluster, ClusterConfig, Durability, StopMode, prepare_runtime_directory, runtime_directory,
 };
@@ -225,6 +225,13 @@ pub(crate) fn open_driver(
         ..ProcessConfig::new(layout.compute(), launcher, Arc::new(RegistryImages::new(registry.clone())))
     };
     ProcessDriver::open(config).context("opening the process driver")
+}
+
+/// For an edge, before it serves from a snapshot: what that names need not run.
+pub(crate) fn refuse_absent_instances(layout: &Layout) {
+    if let Err(error) = process::refuse_absent_instances(&layout.compute(), &NetworkConfig::default()) {
+        tracing::warn!(%error, "requests to instances that do not run may leave this machine");
+    }
 }
 
 pub(crate) async fn open_control_database(control: &Cluster) -> anyhow::Result<Db> {

@@ -10,7 +10,7 @@ use crate::{
     identity::{self, Limits},
     installation::{
         CONTROL_DATABASE, Clusters, bind_socket, lock_data, open_control_database, open_data, open_driver,
-        open_registry, open_stopping_driver, platform_socket, registry_key, take_down,
+        open_registry, open_stopping_driver, platform_socket, refuse_absent_instances, registry_key, take_down,
     },
     reconcile,
     seal::Sealer,
@@ -289,6 +289,7 @@ async fn bind_edge(
         );
         None
     });
+    refuse_absent_instances(layout);
     let table = snapshot.map_or_else(RouteTable::new, |snapshot| snapshot.table());
     let plan = EdgePlan { table, certificates, certificate_file, directory, platform: platform.to_owned() };
     plan.bind(&arguments.edge).await.map(Some)

@@ -28,9 +28,15 @@ async fn an_edge_alone_serves_from_its_snapshot_with_everything_else_dead() -> a
     stack.kill()?;
     stack.kill_clusters()?;
     stack.kill_edge()?;
+    let id = fs::read_to_string(stack.data().join("compute/installation"))?;
+    let metric = (0x1000_0000 + u32::from_str_radix(&id, 16)?).to_string();
+    // As after a boot.
+    ip(&["route", "del", "unreachable", "10.231.0.0/16", "metric", &metric]).await?;
     stack.serve_edge()?;
     let (status, body) = stack.get(&tenant, "/").await?;
     ensure!(status == 200 && body == "alive again", "from the snapshot: {status} {body}");
+    let refused = ip(&["route", "show", "type", "unreachable"]).await?;
+    ensure!(refused.contains(&metric), "what is meant for an instance that does not run may leave the machine");
 
     let snapshot = stack.data().join("edge/snapshot.sealed");
     let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&snapshot)?.permissions()) & 0o777;
@@ -38,6 +44,12 @@ async fn an_edge_alone_serves_from_its_snapshot_with_everything_else_dead() -> a
     let sealed = fs::read(&snapshot)?;
     ensure!(!sealed.windows(11).any(|bytes| bytes == b"PRIVATE KEY"), "the key is sealed");
     Ok(())
+}
+
+async fn ip(arguments: &[&str]) -> anyhow::Result<String> {
+    let output = tokio::process::Command::new("ip").args(arguments).output().await?;
+    ensure!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 #[tokio::test(flavor = "multi_thread")]

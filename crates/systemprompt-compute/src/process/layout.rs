@@ -58,9 +58,14 @@ pub(crate) fn parse_app(handle: &AppHandle) -> Result<AppName, DriverError> {
 }
 
 impl Layout {
+    /// Makes nothing.
+    pub(crate) fn at(root: &Path) -> Self {
+        Self { root: root.to_owned() }
+    }
+
     /// Makes the directories that are always there; only the owner may look into them.
     pub(crate) fn create(root: &Path) -> io::Result<Self> {
-        let layout = Self { root: root.to_owned() };
+        let layout = Self::at(root);
         for directory in [layout.apps(), layout.images(), layout.locks(), layout.trash()] {
             private_directory(&directory)?;
         }

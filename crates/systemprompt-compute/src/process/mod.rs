@@ -50,7 +50,7 @@ pub use address::{InvalidNetwork, Ipv4Network};
 use futures_util::stream::BoxStream;
 use instance::Inner;
 pub use launcher::launcher_main;
-pub use open::OpenError;
+pub use open::{OpenError, refuse_absent_instances};
 use std::{
     ffi::OsString,
     net::Ipv4Addr,

@@ -7,7 +7,7 @@
 //! is gone must not leave the machine by the default route.
 
 use super::{
-    address::{Link, default_device, parse_own_addresses, parse_routes},
+    address::{Ipv4Network, Link, default_device, parse_own_addresses, parse_routes},
     command::Tool,
     firewall::{Egress, Firewall, Tools},
     machine::{Machine, forwarding_of},
@@ -79,7 +79,7 @@ impl Networks {
     pub(crate) fn claim(&self, slots: Vec<(u32, PathBuf)>, next_uid: Option<u32>) -> io::Result<()> {
         let links = slots.into_iter().map(|(slot, owner)| (self.firewall.pool.slot(slot), owner));
         Machine::lock()?.claim(links, next_uid)?;
-        self.refuse_pool()
+        self.refusal().put(&self.ip)
     }
 
     /// Puts the rules in force again.
@@ -95,7 +95,7 @@ impl Networks {
             machine.restore_forwarding()?;
         }
         self.firewall.remove(&self.tools)?;
-        let (pool, metric) = self.refusing_route();
+        let Refusal { pool, metric } = self.refusal();
         if self.ip.run(&["route", "show", "type", "unreachable"], "")?.contains(&format!("metric {metric}")) {
             self.ip.run(&["route", "del", "unreachable", &pool, "metric", &metric], "")?;
         }
@@ -147,7 +147,7 @@ impl Networks {
     /// Rules always; NAT and forwarding where the kernel has them.
     fn put_rules(&self, machine: &mut Machine, device: Option<&str>) -> io::Result<()> {
         let egress = self.firewall.ensure(&self.tools, &machine.forwarding_for_us(device)?)?;
-        self.refuse_pool()?;
+        self.refusal().put(&self.ip)?;
         // Answers come in by this device; the switch for the whole machine is not needed and not touched.
         let forwarding = device.map_or(Ok(()), |device| set_sysctl(&forwarding_of(device), "1"));
         let reason = match (egress, device, forwarding) {
@@ -162,15 +162,8 @@ impl Networks {
         Ok(())
     }
 
-    fn refuse_pool(&self) -> io::Result<()> {
-        let (pool, metric) = self.refusing_route();
-        self.ip.run(&["route", "replace", "unreachable", &pool, "metric", &metric], "").map(drop)
-    }
-
-    /// Each installation has one of its own, told apart by the metric.
-    fn refusing_route(&self) -> (String, String) {
-        let id = u32::from_str_radix(&self.firewall.id, 16).unwrap_or(0);
-        (self.firewall.pool.to_string(), (REFUSING_METRIC + id).to_string())
+    fn refusal(&self) -> Refusal {
+        Refusal::new(self.firewall.pool, &self.firewall.id)
     }
 
     fn namespace(&self, slot: u32) -> String {
@@ -180,6 +173,24 @@ impl Networks {
     /// At most 14 characters: the kernel allows 15.
     fn device(&self, slot: u32) -> String {
         format!("sp{}-{slot}", self.firewall.id)
+    }
+}
+
+/// The route that refuses what is meant for an instance that does not run. Each installation has one of its own, told
+/// apart by the metric.
+pub(crate) struct Refusal {
+    pool: String,
+    metric: String,
+}
+
+impl Refusal {
+    pub(crate) fn new(pool: Ipv4Network, id: &str) -> Self {
+        let id = u32::from_str_radix(id, 16).unwrap_or(0);
+        Self { pool: pool.to_string(), metric: (REFUSING_METRIC + id).to_string() }
+    }
+
+    pub(crate) fn put(&self, ip: &Tool) -> io::Result<()> {
+        ip.run(&["route", "replace", "unreachable", &self.pool, "metric", &self.metric], "").map(drop)
     }
 }
 

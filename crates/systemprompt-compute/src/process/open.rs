@@ -1,7 +1,7 @@
 //! Opening the driver: what this host has and lacks, said before the first instance is wanted.
 
 use super::{
-    ProcessConfig,
+    NetworkConfig, ProcessConfig,
     cgroup::Cgroups,
     command::Tool,
     firewall::{Firewall, Tools},
@@ -10,7 +10,7 @@ use super::{
     layout::{Layout, private_directory, read_record, write_record},
     lock::FileLock,
     machine,
-    network::{Networks, host_resolvers},
+    network::{Networks, Refusal, host_resolvers},
     state::InstanceRecord,
 };
 use std::{
@@ -122,6 +122,22 @@ fn networks(config: &ProcessConfig, id: &str) -> Result<Networks, OpenError> {
 
 fn program(program: &'static str, package: &'static str) -> Result<PathBuf, OpenError> {
     find_program(program).ok_or(OpenError::Missing { program, package })
+}
+
+/// Makes connections to instances that do not run fail at once, before any driver is open: after a boot their
+/// addresses would else lead out of the machine by its default route. For whoever serves traffic ahead of the driver or
+/// without one. Does nothing without root or where no app is; repeating it changes nothing.
+///
+/// # Errors
+/// When the data directory cannot be read, or the route cannot be set.
+pub fn refuse_absent_instances(data: &Path, network: &NetworkConfig) -> io::Result<()> {
+    let layout = Layout::at(data);
+    let Some(id) = read_text(&layout.installation())? else { return Ok(()) };
+    if !rustix::process::geteuid().is_root() || layout.list_apps()?.is_empty() {
+        return Ok(());
+    }
+    let path = program("ip", "iproute2").map_err(io::Error::other)?;
+    Refusal::new(network.pool, &id).put(&Tool { path })
 }
 
 /// Six hex digits made once: they name this installation's chains, links, namespaces and control groups. A copy of a

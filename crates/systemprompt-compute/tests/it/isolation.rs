@@ -18,7 +18,7 @@ use std::{
 };
 use systemprompt_compute::{
     ComputeDriver,
-    process::{Bind, NetworkConfig, ProcessConfig, ProcessDriver},
+    process::{Bind, NetworkConfig, ProcessConfig, ProcessDriver, refuse_absent_instances},
     testing::{get, poll, running},
 };
 
@@ -292,6 +292,12 @@ async fn two_installations_leave_each_other_alone() {
     // A shutdown leaves files and takes the rest; a launch brings everything back.
     second.shutdown(Duration::from_secs(5)).await.expect("a shutdown");
     two.check_nothing_outside();
+    // An edge may be up before the driver; as often as it likes.
+    for _ in 0..2 {
+        refuse_absent_instances(&two.data(), &NetworkConfig::default()).expect("the refusing route");
+    }
+    let error = std::net::TcpStream::connect(b.address).expect_err("nobody is there");
+    assert_eq!(error.kind(), std::io::ErrorKind::HostUnreachable, "{error}");
     second.launch(&b.app, &b.spec).await.expect("a launch");
     assert_eq!(running(&second, &b.instance).await, b.address, "the same address");
     b.healthy().await;
