@@ -11,6 +11,9 @@ use std::{
 };
 use systemprompt_contract::{TenantId, paths};
 
+/// A proxy that answers nobody, for the environment of what must reach the loopback without one.
+pub const NO_WAY_HOME: &str = "http://127.0.0.1:9";
+
 /// A tenant as tests need it.
 #[derive(Debug, Clone)]
 pub struct TenantRef {
@@ -187,6 +190,7 @@ impl Stack {
         let mut command = tokio::process::Command::new(program("systemprompt")?);
         command.current_dir(directory).args(arguments).stdin(Stdio::null()).kill_on_drop(true);
         command.env("SYSTEMPROMPT_CA_FILE", self.ca_file()).env("XDG_CACHE_HOME", self.root().join("cache"));
+        command.env("https_proxy", NO_WAY_HOME);
         Ok(command)
     }
 

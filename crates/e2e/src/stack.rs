@@ -20,7 +20,10 @@ pub const PATIENCE: Duration = Duration::from_mins(1);
 /// One installation in a temporary directory. Dropping it stops and removes everything.
 pub struct Stack {
     directory: TempDir,
+    /// What clients use.
     https_port: u16,
+    /// What the edge listens on.
+    listen_port: u16,
     running: Option<Child>,
     /// The crash point that the running process is to die at, and where its log begins.
     armed: Option<(String, u64)>,
@@ -56,12 +59,20 @@ impl Stack {
     /// # Errors
     /// When anything of it does not come up.
     pub async fn start_with(start: &Start<'_>) -> anyhow::Result<Self> {
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let mut stack = Self::prepare()?;
-        stack.serve(start)?;
-        stack.client = stack.trusting_client()?;
-        stack.set_up().await?;
+        stack.begin(start).await?;
         Ok(stack)
+    }
+
+    /// The first start of an installation that was prepared, and its first account.
+    ///
+    /// # Errors
+    /// When anything of it does not come up.
+    pub async fn begin(&mut self, start: &Start<'_>) -> anyhow::Result<()> {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        self.serve(start)?;
+        self.client = self.trusting_client()?;
+        self.set_up().await
     }
 
     /// Directory and port of an installation that was not started yet.
@@ -75,7 +86,14 @@ impl Stack {
         // Free now; the edge says so if somebody takes it in between.
         let https_port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let client = reqwest::Client::builder().build()?;
-        Ok(Self { directory, https_port, running: None, armed: None, edge: None, client, token: None })
+        let (listen_port, token) = (https_port, None);
+        Ok(Self { directory, https_port, listen_port, running: None, armed: None, edge: None, client, token })
+    }
+
+    /// Puts something in front of an edge that was not started yet: clients use `port`. Returns the edge's own.
+    pub fn put_behind(&mut self, port: u16) -> u16 {
+        self.https_port = port;
+        self.listen_port
     }
 
     /// The temporary directory around the installation's own.
@@ -88,7 +106,7 @@ impl Stack {
         self.directory.path().join("data")
     }
 
-    /// The HTTPS port of the edge.
+    /// The HTTPS port of all URLs.
     pub fn https_port(&self) -> u16 {
         self.https_port
     }
@@ -133,7 +151,8 @@ impl Stack {
 
     fn spawn_serve(&mut self, start: &Start<'_>) -> anyhow::Result<Child> {
         let mut command = self.management_api("serve")?;
-        command.args(["--https", &format!("127.0.0.1:{}", self.https_port), "--http", "off"]);
+        command.args(["--https", &format!("127.0.0.1:{}", self.listen_port), "--http", "off"]);
+        command.args(["--public-port", &self.https_port.to_string()]);
         command.args(start.arguments);
         if start.without_edge {
             command.arg("--without-edge");
@@ -155,7 +174,8 @@ impl Stack {
     /// With its last words, when it ends instead.
     pub fn serve_edge(&mut self) -> anyhow::Result<()> {
         let mut command = self.management_api("edge")?;
-        command.args(["--https", &format!("127.0.0.1:{}", self.https_port), "--http", "off"]);
+        command.args(["--https", &format!("127.0.0.1:{}", self.listen_port), "--http", "off"]);
+        command.args(["--public-port", &self.https_port.to_string()]);
         let mut child = command.spawn().context("starting management-api edge")?;
         let ready = self.wait_ready(&mut child);
         self.edge = Some(child);
@@ -169,7 +189,7 @@ impl Stack {
     pub fn serve_twice(&self, data: &Path) -> anyhow::Result<String> {
         let mut command = Command::new(program("management-api")?);
         command
-            .args(["serve", "--http", "off", "--https", &format!("127.0.0.1:{}", self.https_port), "--data"])
+            .args(["serve", "--http", "off", "--https", &format!("127.0.0.1:{}", self.listen_port), "--data"])
             .arg(data);
         let output = command.stdin(Stdio::null()).output()?;
         ensure!(!output.status.success(), "a second control plane ran and ended well");

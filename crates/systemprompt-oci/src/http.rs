@@ -1,8 +1,14 @@
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::{
+    NoProxy, Proxy,
+    dns::{Addrs, Name, Resolve, Resolving},
+};
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
+
+/// A name stands for those below it too.
+const DIRECT: &str = "localhost,127.0.0.0/8,::1";
 
 /// Why no HTTP client could be made.
 #[derive(Debug, thiserror::Error)]
@@ -17,7 +23,8 @@ pub enum HttpClientError {
 /// The one way to make an HTTP client in this workspace.
 ///
 /// It trusts the machine's certificate authorities and those of `extra_ca_pem` (a bundle; may be empty),
-/// resolves `localhost` and `*.localhost` to the loopback address itself, since plain Debian does not, and
+/// resolves `localhost` and `*.localhost` to the loopback address itself, since plain Debian does not, asks no
+/// proxy of the environment (`https_proxy`, `http_proxy`, `all_proxy`, `no_proxy`) for them, and
 /// gives up connecting after ten seconds. There is no limit on a whole exchange: event streams and uploads
 /// last as long as they last.
 ///
@@ -34,11 +41,26 @@ pub fn http_client(extra_ca_pem: &[u8]) -> Result<reqwest::Client, HttpClientErr
 }
 
 fn builder() -> reqwest::ClientBuilder {
-    reqwest::Client::builder()
+    let builder = reqwest::Client::builder()
         .user_agent(concat!("systemprompt/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(Duration::from_secs(10))
         .tcp_nodelay(true)
-        .dns_resolver(LoopbackForLocalhost)
+        .dns_resolver(LoopbackForLocalhost);
+    proxies().into_iter().fold(builder.no_proxy(), reqwest::ClientBuilder::proxy)
+}
+
+/// Those of the environment, spelled in either case as for curl. A proxy's loopback is not ours: it could not
+/// reach what this machine calls `localhost`.
+fn proxies() -> Vec<Proxy> {
+    let variable = |name: &str| std::env::var(name).or_else(|_| std::env::var(name.to_ascii_uppercase())).ok();
+    let direct = format!("{DIRECT},{}", variable("no_proxy").unwrap_or_default());
+    let proxy = |name: &str, of: fn(String) -> reqwest::Result<Proxy>| {
+        let url = variable(name).filter(|url| !url.is_empty())?;
+        Some(of(url).ok()?.no_proxy(NoProxy::from_string(&direct)))
+    };
+    let (https, http, all) =
+        (proxy("https_proxy", Proxy::https), proxy("http_proxy", Proxy::http), proxy("all_proxy", Proxy::all));
+    [https, http, all].into_iter().flatten().collect()
 }
 
 /// RFC 6761, 6.3: names below `localhost` are the loopback address, whatever the system's resolver says.

@@ -3,19 +3,19 @@
 
 use crate::crash::settled;
 use anyhow::{Context as _, bail, ensure};
-use e2e::{PATIENCE, Stack, TenantRef, until};
+use e2e::{PATIENCE, Stack, Start, TenantRef, until};
 use std::{
     fs::{self, File},
     path::Path,
     process::Stdio,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Instant,
 };
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
@@ -28,12 +28,12 @@ const ARRIVES: usize = 1 << 20;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_killed_in_the_middle_of_a_push_leaves_nothing_to_trip_over() -> anyhow::Result<()> {
-    let stack = Stack::start().await?;
+    let (stack, line) = behind_a_line().await?;
     let tenant = stack.provision("pushing").await?;
     let folder = stack.data().join("registry/tenants").join(tenant.id.to_string());
     let uploads = || fs::read_dir(folder.join("uploads")).into_iter().flatten().flatten();
     let half_written = || uploads().any(|upload| upload.metadata().is_ok_and(|upload| upload.len() > 0));
-    killed(&stack, &tenant, Cut::Push, async |_| true).await?;
+    killed(&stack, &tenant, &line, Cut::Push, async |_| true).await?;
     until("what had arrived is kept", async || half_written()).await?;
     ensure!(!folder.join("manifests").exists(), "the push was not cut in its middle");
 
@@ -47,9 +47,9 @@ async fn a_command_killed_in_the_middle_of_a_push_leaves_nothing_to_trip_over() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_killed_before_its_deploy_arrives_has_deployed_nothing() -> anyhow::Result<()> {
-    let stack = Stack::start().await?;
+    let (stack, line) = behind_a_line().await?;
     let tenant = stack.provision("asking").await?;
-    killed(&stack, &tenant, Cut::Call, async |said| said.contains("pushed sha256:")).await?;
+    killed(&stack, &tenant, &line, Cut::Call, async |said| said.contains("pushed sha256:")).await?;
     ensure!(deployments(&stack).await?.is_empty(), "the call arrived");
     settled(&stack, &[tenant.id], &[]).await?;
 
@@ -59,9 +59,10 @@ async fn a_command_killed_before_its_deploy_arrives_has_deployed_nothing() -> an
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_killed_before_its_deploy_is_answered_has_deployed_once() -> anyhow::Result<()> {
-    let stack = Stack::start().await?;
+    let (stack, line) = behind_a_line().await?;
     let tenant = stack.provision("asked").await?;
-    killed(&stack, &tenant, Cut::Answer, async |_| deployments(&stack).await.is_ok_and(|all| !all.is_empty())).await?;
+    killed(&stack, &tenant, &line, Cut::Answer, async |_| deployments(&stack).await.is_ok_and(|all| !all.is_empty()))
+        .await?;
 
     // What was accepted goes on by itself. Until it is over, another deploy is told so.
     let (deadline, id) = (Instant::now() + PATIENCE, tenant.id.to_string());
@@ -93,19 +94,26 @@ async fn deployments(stack: &Stack) -> anyhow::Result<Vec<String>> {
     Ok(states.fetch_all(&mut control).await?)
 }
 
+async fn behind_a_line() -> anyhow::Result<(Stack, Line)> {
+    let mut stack = Stack::prepare()?;
+    let line = Line::open(|port| stack.put_behind(port)).await?;
+    stack.begin(&Start::default()).await?;
+    Ok((stack, line))
+}
+
 /// `cloud deploy` through a line that is cut, killed when the cut was reached and `when` is true of what it said.
 async fn killed(
     stack: &Stack,
     tenant: &TenantRef,
+    line: &Line,
     cut: Cut,
     mut when: impl AsyncFnMut(&str) -> bool,
 ) -> anyhow::Result<()> {
     let signed_in = stack.cli(tenant, &["cloud", "auth", "whoami"]).await?;
     ensure!(signed_in.ok, "{signed_in:?}");
-    let line = Line::open(cut).await?;
+    line.cut(Some(cut));
     let (said, id) = (tenant.project.with_extension("said"), tenant.id.to_string());
     let mut command = stack.cli_command(&tenant.project, &["cloud", "deploy", "--tenant", &id])?;
-    command.env("HTTPS_PROXY", &line.url).env_remove("NO_PROXY").env_remove("no_proxy");
     let mut child = command.stdout(Stdio::null()).stderr(File::create(&said)?).spawn()?;
     let words = |said: &Path| fs::read_to_string(said).unwrap_or_default();
     let reached = until("the command is where it is to be killed", async || {
@@ -114,6 +122,7 @@ async fn killed(
     reached.await.with_context(|| words(&said))?;
     ensure!(child.try_wait()?.is_none(), "it ended by itself: {}", words(&said));
     child.kill().await?;
+    line.cut(None);
     Ok(())
 }
 
@@ -128,40 +137,40 @@ enum Cut {
     Answer,
 }
 
-/// The way of the command line to the cloud: a proxy. Dropped, all its connections end.
+/// The way of everybody to the cloud. Dropped, all its connections end.
 struct Line {
-    url: String,
     state: Arc<State>,
     accepting: AbortHandle,
 }
 
+#[derive(Default)]
 struct State {
-    cut: Cut,
+    cut: Mutex<Option<Cut>>,
     pushing: AtomicBool,
     pushed: AtomicUsize,
     was_cut: AtomicBool,
 }
 
 impl Line {
-    async fn open(cut: Cut) -> anyhow::Result<Self> {
+    /// `put` is told the line's port and says where it leads.
+    async fn open(put: impl FnOnce(u16) -> u16) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let url = format!("http://{}", listener.local_addr()?);
-        let state = Arc::new(State {
-            cut,
-            pushing: AtomicBool::new(false),
-            pushed: AtomicUsize::new(0),
-            was_cut: AtomicBool::new(false),
-        });
+        let cloud = put(listener.local_addr()?.port());
+        let state = Arc::<State>::default();
         let accepting = tokio::spawn({
             let state = Arc::clone(&state);
             async move {
                 let mut connections = JoinSet::new();
                 while let Ok((client, _)) = listener.accept().await {
-                    connections.spawn(connect(client, Arc::clone(&state)));
+                    connections.spawn(connect(client, cloud, Arc::clone(&state)));
                 }
             }
         });
-        Ok(Self { url, state, accepting: accepting.abort_handle() })
+        Ok(Self { state, accepting: accepting.abort_handle() })
+    }
+
+    fn cut(&self, cut: Option<Cut>) {
+        *self.state.cut.lock().expect("nobody panics with it") = cut;
     }
 
     fn was_cut(&self) -> bool {
@@ -175,22 +184,16 @@ impl Drop for Line {
     }
 }
 
-/// One `CONNECT`: every name of the cloud is this machine.
-async fn connect(client: TcpStream, state: Arc<State>) -> anyhow::Result<()> {
-    let (reading, mut answering) = client.into_split();
-    let mut reading = BufReader::new(reading);
-    let mut head = String::new();
-    while !head.ends_with("\r\n\r\n") {
-        ensure!(reading.read_line(&mut head).await? > 0, "{head}");
-    }
-    let target = head.split(' ').nth(1).context("a target")?;
-    let port = target.rsplit_once(':').context("a port")?.1.parse::<u16>()?;
-    let to_registry = target.starts_with("registry.");
+async fn connect(client: TcpStream, cloud: u16, state: Arc<State>) -> anyhow::Result<()> {
+    // The first bytes of TLS name the server in clear.
+    let mut hello = [0; 1 << 14];
+    client.readable().await?;
+    let peeked = client.peek(&mut hello).await?;
+    let to_registry = hello[..peeked].windows(9).any(|name| name == b"registry.");
     state.pushing.fetch_or(to_registry, Ordering::SeqCst);
-    let (answers, calls) = TcpStream::connect(("127.0.0.1", port)).await?.into_split();
-    answering.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await?;
-    // A client sends nothing before that answer.
-    let there = carry(reading.into_inner(), calls, |bytes| state.lets_call(to_registry, bytes));
+    let (calling, answering) = client.into_split();
+    let (answers, calls) = TcpStream::connect(("127.0.0.1", cloud)).await?.into_split();
+    let there = carry(calling, calls, |bytes| state.lets_call(to_registry, bytes));
     let back = carry(answers, answering, |bytes| state.lets_answer(to_registry, bytes));
     tokio::try_join!(there, back).map(drop)
 }
@@ -212,23 +215,22 @@ async fn carry(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lets: impl Fn(us
 }
 
 impl State {
-    /// How many of these bytes of the command line get through.
+    /// How many of these bytes of a client get through.
     fn lets_call(&self, to_registry: bool, bytes: usize) -> usize {
-        let cut = match self.cut {
+        self.through(bytes, |cut| match cut {
             Cut::Push => to_registry && self.pushed.fetch_add(bytes, Ordering::SeqCst) > ARRIVES,
             Cut::Call => !to_registry && self.pushing.load(Ordering::SeqCst),
             Cut::Answer => false,
-        };
-        self.through(cut, bytes)
+        })
     }
 
     /// How many of these bytes of the cloud get through.
     fn lets_answer(&self, from_registry: bool, bytes: usize) -> usize {
-        let cut = self.cut == Cut::Answer && !from_registry && self.pushing.load(Ordering::SeqCst);
-        self.through(cut, bytes)
+        self.through(bytes, |cut| cut == Cut::Answer && !from_registry && self.pushing.load(Ordering::SeqCst))
     }
 
-    fn through(&self, cut: bool, bytes: usize) -> usize {
+    fn through(&self, bytes: usize, is_cut: impl FnOnce(Cut) -> bool) -> usize {
+        let cut = self.cut.lock().expect("nobody panics with it").is_some_and(is_cut);
         self.was_cut.fetch_or(cut, Ordering::SeqCst);
         if cut { 0 } else { bytes }
     }

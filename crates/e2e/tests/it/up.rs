@@ -1,7 +1,7 @@
 //! `cargo xtask up`, the command people start with, as they run it: from nothing, again, and after what goes wrong.
 
 use anyhow::{Context as _, ensure};
-use e2e::{PATIENCE, program};
+use e2e::{NO_WAY_HOME, PATIENCE, program};
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
     collections::BTreeMap,
@@ -45,6 +45,7 @@ impl Up {
         command.arg("--programs").arg(xtask.parent().context("it lies in a folder")?);
         command.arg("--data").arg(self.data());
         command.args(["--https", &self.https.to_string(), "--http", &self.http.to_string()]);
+        command.env("https_proxy", NO_WAY_HOME);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Ok(command)
     }
