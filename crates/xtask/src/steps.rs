@@ -92,6 +92,13 @@ fn optional_tools(shell: &Shell) -> Result<()> {
     if has_subcommand(shell, "machete") {
         step_cargo(shell, "unused dependencies", &["machete"])?;
     }
+    if has_subcommand(shell, "fuzz") {
+        for target in ["gate", "image"] {
+            // The sanitizers need a nightly compiler.
+            let fuzz = ["fuzz", "run", "--sanitizer", "none", target, "--", "-max_total_time=10", "-verbosity=0"];
+            step_cargo(shell, &format!("fuzz target {target}"), &fuzz)?;
+        }
+    }
     Ok(())
 }
 
