@@ -81,6 +81,7 @@ fn serve(connection: TcpStream, behaviour: &str, text: &str) {
                 "writing".to_owned()
             }
             "/slow" => {
+                println!("slowly");
                 thread::sleep(Duration::from_secs(3));
                 text.to_owned()
             }

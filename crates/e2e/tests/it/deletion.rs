@@ -1,6 +1,6 @@
 //! Tenants go away, whenever and from wherever they are asked to.
 
-use crate::crash::settled;
+use crate::{crash::settled, edge::instance_directory};
 use anyhow::{Context as _, ensure};
 use e2e::{Stack, Start, TenantRef, TestApp, World, until};
 use reqwest::Method;
@@ -25,6 +25,27 @@ async fn what_is_deleted_without_purge_is_kept_until_it_is_due() -> anyhow::Resu
     ensure!(status == 502, "{status}");
     let mut control = e2e::connect(&stack, "control", "systemprompt").await?;
     control.execute("UPDATE tenants SET purge_after = now()").await?;
+    settled(&stack, &[], &[]).await
+}
+
+/// Whoever is being answered is answered to the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_cuts_no_request() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("slow").await?;
+    TestApp { behaviour: "healthy", text: "to the end" }.release(&stack, &tenant).await?;
+    let (client, url) = (stack.client().clone(), format!("{}/slow", tenant.url));
+    let slow = tokio::spawn(async move { client.get(url).send().await?.text().await });
+    let output = instance_directory(&stack, &tenant)?.join("output");
+    until("the app has been asked", async || {
+        std::fs::read_to_string(&output).is_ok_and(|said| said.contains("slowly"))
+    })
+    .await?;
+    delete(&stack, &tenant, true).await?;
+    until("nobody new gets there", async || stack.get(&tenant, "/").await.is_ok_and(|(status, _)| status == 502))
+        .await?;
+    let answer = slow.await??;
+    ensure!(answer == "to the end", "{answer}");
     settled(&stack, &[], &[]).await
 }
 

@@ -92,7 +92,7 @@ async fn a_kill_of_the_control_plane_loses_no_line_and_no_request() -> anyhow::R
 const LINES: usize = 100_000;
 
 /// The files of a tenant's only instance.
-fn instance_directory(stack: &Stack, tenant: &TenantRef) -> anyhow::Result<PathBuf> {
+pub(crate) fn instance_directory(stack: &Stack, tenant: &TenantRef) -> anyhow::Result<PathBuf> {
     let instances = stack.data().join("compute/apps").join(tenant.id.slug().app_name().as_str()).join("instances");
     let found: Vec<_> = fs::read_dir(instances)?.collect::<Result<_, _>>()?;
     ensure!(found.len() == 1, "{found:?}");

@@ -5,7 +5,7 @@
 use super::{
     FOREVER,
     provision::{Nothing, again, destroy_app},
-    store,
+    routes, store,
 };
 use crate::app::Infrastructure;
 use serde::{Deserialize, Serialize};
@@ -55,7 +55,9 @@ async fn settle(cx: Cx, state: Nothing) -> Outcome {
     Ok(Completion::in_tx(state, tx))
 }
 
+/// Only when no edge leads there any more: open requests end, and no edge finds another tenant at the address.
 async fn stop(cx: Cx, state: Nothing) -> Outcome {
+    routes::wait_settled(cx.db.pool(), cx.input.tenant).await?;
     let app = app_name(&cx);
     for found in cx.app.driver.instances().await.map_err(again)? {
         if found.app == app {

@@ -263,9 +263,7 @@ async fn switch(cx: Cx, mut state: Progress) -> Outcome {
 /// bound has passed), and the old instance drains on SIGTERM until the grace ends.
 async fn retire(cx: Cx, state: Progress) -> Outcome {
     if let (Some(old), Some(generation)) = (&state.old, state.generation) {
-        while !routes::served_everywhere(cx.db.pool(), generation).await? {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        routes::wait_served(cx.db.pool(), generation).await?;
         cx.app.driver.stop(old, cx.app.limits.stop_grace).await.map_err(again)?;
     }
     let message = match state.old {

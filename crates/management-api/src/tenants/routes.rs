@@ -2,6 +2,7 @@
 //! commit in order and a follower that has seen N has seen everything below N.
 
 use sqlx::PgTransaction;
+use std::time::Duration;
 use systemprompt_contract::{Hostname, TenantId};
 use systemprompt_edge::Route;
 
@@ -73,11 +74,31 @@ pub(crate) async fn changed_since(pool: &sqlx::PgPool, generation: i64) -> Resul
         .collect())
 }
 
-/// Whether every edge that may still take requests serves `generation`.
+/// Waits until every edge that may still take requests serves `generation` and has let go of what it replaced, or is
+/// taken for dead. Dropping the future ends the wait.
 ///
 /// # Errors
 /// Those of the database.
-pub(crate) async fn served_everywhere(pool: &sqlx::PgPool, generation: i64) -> Result<bool, sqlx::Error> {
+pub(crate) async fn wait_served(pool: &sqlx::PgPool, generation: i64) -> Result<(), sqlx::Error> {
+    while !served_everywhere(pool, generation).await? {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}
+
+/// Waits like [`wait_served`] for the last change of any of a tenant's routes.
+///
+/// # Errors
+/// Those of the database.
+pub(crate) async fn wait_settled(pool: &sqlx::PgPool, tenant: TenantId) -> Result<(), sqlx::Error> {
+    let query = sqlx::query_scalar!("SELECT max(generation) FROM routes WHERE tenant_id = $1", tenant.uuid());
+    match query.fetch_one(pool).await? {
+        Some(generation) => wait_served(pool, generation).await,
+        None => Ok(()),
+    }
+}
+
+async fn served_everywhere(pool: &sqlx::PgPool, generation: i64) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar!(
         r#"SELECT NOT EXISTS (
              SELECT 1 FROM edges WHERE generation < $1 AND seen_at > now() - make_interval(secs => $2)

@@ -43,13 +43,13 @@ impl Ipv4Network {
         Link { base: self.base + slot * 4 }
     }
 
-    /// The number of the first free slot, `preferred` if that is free.
-    pub(crate) fn free_slot(self, preferred: Option<u32>, taken: &[Self]) -> Option<u32> {
+    /// The number of a free slot: `preferred` if that is free, else the first from `next` on, round and round.
+    pub(crate) fn free_slot(self, preferred: Option<u32>, next: u32, taken: &[Self]) -> Option<u32> {
         let free = |slot: &u32| {
             *slot < self.slots()
                 && !taken.iter().any(|taken| taken.prefix > 0 && taken.overlaps(self.slot(*slot).network()))
         };
-        preferred.filter(free).or_else(|| (0..self.slots()).find(free))
+        preferred.filter(free).or_else(|| (next..self.slots()).chain(0..next).find(free))
     }
 }
 
@@ -172,12 +172,14 @@ sp1	0000E70A	00000000	0001	0	0	0	FCFFFFFF	0	0	0
         );
         assert_eq!(default_device(ROUTES).as_deref(), Some("eth0"));
         let pool = network("10.231.0.0/28");
-        assert_eq!(pool.free_slot(None, &routes), Some(1), "slot 0 is routed, the default route is no obstacle");
+        assert_eq!(pool.free_slot(None, 0, &routes), Some(1), "slot 0 is routed, the default route is no obstacle");
         let taken = [routes, vec![network("10.231.0.4/30")]].concat();
-        assert_eq!(pool.free_slot(Some(3), &taken), Some(3));
-        assert_eq!(pool.free_slot(Some(0), &taken), Some(2));
-        assert_eq!(pool.free_slot(None, &[taken, vec![network("10.231.0.8/29")]].concat()), None);
-        assert_eq!(pool.free_slot(None, &[network("10.0.0.0/8")]), None, "the host's own network is respected");
+        assert_eq!(pool.free_slot(Some(3), 0, &taken), Some(3));
+        assert_eq!(pool.free_slot(Some(0), 0, &taken), Some(2));
+        assert_eq!(pool.free_slot(None, 3, &taken), Some(3));
+        assert_eq!(pool.free_slot(None, 9, &taken), Some(2), "round and round");
+        assert_eq!(pool.free_slot(None, 0, &[taken, vec![network("10.231.0.8/29")]].concat()), None);
+        assert_eq!(pool.free_slot(None, 0, &[network("10.0.0.0/8")]), None, "the host's own network is respected");
     }
 
     #[test]

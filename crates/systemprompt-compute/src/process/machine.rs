@@ -40,6 +40,9 @@ pub(crate) struct Machine {
 struct Record {
     /// By a link's network, the directory of the instance it is reserved for. When that is gone, so is the claim.
     links: BTreeMap<Ipv4Addr, PathBuf>,
+    /// Where the search for a free link goes on. An address that was just given back is not given to another tenant:
+    /// an edge that has missed the change would lead the old one's visitors there.
+    next_slot: u32,
     /// All uids of the range below it were given away, none is given twice: files may outlive their app.
     next_uid: u32,
     forwarding: Option<Forwarding>,
@@ -80,9 +83,12 @@ impl Machine {
         self.record.links.retain(|_, other| other != owner && other.try_exists().unwrap_or(true));
         let reserved = self.record.links.keys().filter_map(|base| Ipv4Network::new(*base, 30));
         let taken: Vec<_> = reserved.chain(routed.iter().copied()).collect();
-        let slot = pool.free_slot(preferred, &taken).ok_or_else(|| {
+        let slot = pool.free_slot(preferred, self.record.next_slot, &taken).ok_or_else(|| {
             io::Error::new(io::ErrorKind::QuotaExceeded, format!("no free /30 network is left in the pool {pool}"))
         })?;
+        if preferred != Some(slot) {
+            self.record.next_slot = slot + 1;
+        }
         self.record.links.insert(pool.slot(slot).base(), owner.to_owned());
         self.save()?;
         Ok(slot)
@@ -241,6 +247,11 @@ mod tests {
         assert_eq!(lock().reserve(pool, &two, Some(0), &[]).expect("second"), 1, "reserved by another installation");
         assert_eq!(lock().reserve(pool, &one, Some(0), &[]).expect("again"), 0, "its own");
         assert!(lock().reserve(pool, &instance("three"), None, &[]).is_err(), "used up");
+        let larger: Ipv4Network = "10.231.0.0/28".parse().expect("pool");
+        let three = instance("three");
+        assert_eq!(lock().reserve(larger, &three, None, &[]).expect("third"), 2);
+        fs::remove_dir(&three).expect("its end");
+        assert_eq!(lock().reserve(larger, &instance("four"), None, &[]).expect("fourth"), 3, "not its address");
         fs::remove_dir(&one).expect("its end");
         lock().claim([(pool.slot(0), two.clone()), (pool.slot(1), one)], None).expect("claim");
         assert_eq!(lock().record.links.values().filter(|owner| **owner == two).count(), 2, "only what is free");
