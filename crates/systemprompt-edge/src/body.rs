@@ -153,6 +153,7 @@ impl Stream {
                 self.waited += since.elapsed();
             }
             return Poll::Ready(match frame {
+                None if self.upload.is_broken_off() => Some(Err(self.progress.fail(BodyFailure::Aborted))),
                 None => {
                     self.progress.sent.store(true, Relaxed);
                     None

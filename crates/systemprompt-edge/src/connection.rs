@@ -165,6 +165,12 @@ impl Connection {
         self.tell(Verdict::Cut);
     }
 
+    /// Ends the connection once nothing is in flight on it.
+    #[cfg(test)]
+    pub(crate) fn close(&self) {
+        self.tell(Verdict::Close);
+    }
+
     fn tell(&self, verdict: Verdict) {
         if self.verdict() != verdict {
             self.verdict.fetch_max(verdict as u8, Relaxed);
@@ -203,13 +209,13 @@ struct Since<T> {
 }
 
 impl<T: PartialEq> Since<T> {
-    /// Whether `value` has been this one for longer than `limit`; `None` starts anew.
-    fn longer(&mut self, value: Option<T>, now: Duration, limit: Duration) -> bool {
-        if value.is_none() || self.value != value {
+    /// For how long `value` has been this one; `None` has no length.
+    fn lasts(&mut self, value: Option<T>, now: Duration) -> Option<Duration> {
+        if self.value != value {
             self.value = value;
             self.since = now;
         }
-        self.value.is_some() && now.saturating_sub(self.since) > limit
+        self.value.as_ref().map(|_| now.saturating_sub(self.since))
     }
 }
 
@@ -251,11 +257,14 @@ impl Connections {
             // While an answer is on its way, nobody waits for the next head.
             let in_head = at_rest.filter(|_| connection.inside_head.load(Relaxed));
             let stalled = connection.write_stalled.load(Relaxed).then(|| connection.written.load(Relaxed));
-            if entry.head.longer(in_head, now, limits.head_timeout)
-                || entry.stall.longer(stalled, now, limits.write_stall)
+            let idle = entry.idle.lasts(at_rest, now);
+            if entry.head.lasts(in_head, now) > Some(limits.head_timeout)
+                || entry.stall.lasts(stalled, now) > Some(limits.write_stall)
+                // What is over for us may still lie in the protocol's queues, for a client that takes nothing.
+                || idle > Some(limits.idle + limits.write_stall)
             {
                 connection.tell(Verdict::Cut);
-            } else if entry.idle.longer(at_rest, now, limits.idle) {
+            } else if idle > Some(limits.idle) {
                 connection.tell(Verdict::Close);
             }
         }
@@ -329,6 +338,8 @@ mod tests {
             (11, [Verdict::Live, Verdict::Live, Verdict::Cut, Verdict::Live]),
             (21, [Verdict::Live, Verdict::Live, Verdict::Cut, Verdict::Cut]),
             (61, [Verdict::Close, Verdict::Live, Verdict::Cut, Verdict::Cut]),
+            (80, [Verdict::Close, Verdict::Live, Verdict::Cut, Verdict::Cut]),
+            (81, [Verdict::Cut, Verdict::Live, Verdict::Cut, Verdict::Cut]),
         ] {
             connections.sweep(seconds(now), &limits);
             assert_eq!(verdicts(), expected, "after {now} s");

@@ -86,7 +86,7 @@ pub(crate) async fn forward(
     // A body goes up while the answer comes down, and neither may wait for the other.
     let duplex = progress.is_some() || request.headers().contains_key(UPGRADE);
     let mut request = request;
-    if let Some(mut link) = ready_link(claim).await {
+    if let Some(mut link) = ready_link(claim, limits).await {
         if duplex {
             link.detach();
         }
@@ -113,11 +113,12 @@ pub(crate) async fn forward(
     }
 }
 
-async fn ready_link(claim: &Claim) -> Option<Link> {
+async fn ready_link(claim: &Claim, limits: &Limits) -> Option<Link> {
     loop {
         let mut link = claim.take_idle()?;
-        // Its last exchange is over, so it gets ready within one turn or was closed.
-        if link.is_ready().await {
+        // Its last exchange is over, so it gets ready within one turn or was closed; unless the upstream has left the
+        // end of a body in the socket, and then it never gets ready.
+        if timeout(limits.connect_timeout, link.is_ready()).await == Ok(true) {
             return Some(link);
         }
     }

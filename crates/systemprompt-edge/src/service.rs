@@ -92,7 +92,7 @@ impl Client {
     ) -> Result<Response<ResponseBody>, Infallible> {
         let is_h2 = request.version() == Version::HTTP_2;
         let (head, incoming) = request.into_parts();
-        let upload = Upload::new(incoming, &head.headers);
+        let upload = Upload::new(incoming, &head);
         let mut response = self.respond(Request::from_parts(head, upload)).await;
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             self.connection.upgraded();

@@ -4,7 +4,7 @@
 //! So what is left is taken and thrown away, within bounds; then the connection can even go on.
 
 use bytes::Bytes;
-use http::{HeaderMap, header::EXPECT};
+use http::{Version, header::EXPECT, request::Parts};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
@@ -25,11 +25,22 @@ pub(crate) struct Upload {
     incoming: Option<Incoming>,
     /// The client sends it only when it is asked for (RFC 9110, 10.1.1), and was not asked yet.
     unasked: bool,
+    /// Over HTTP/2 hyper takes a reset without an error for the end of the body.
+    may_be_reset: bool,
 }
 
 impl Upload {
-    pub(crate) fn new(incoming: Incoming, headers: &HeaderMap) -> Self {
-        Self { unasked: !incoming.is_end_stream() && headers.contains_key(EXPECT), incoming: Some(incoming) }
+    pub(crate) fn new(incoming: Incoming, request: &Parts) -> Self {
+        Self {
+            unasked: !incoming.is_end_stream() && request.headers.contains_key(EXPECT),
+            incoming: Some(incoming),
+            may_be_reset: request.version == Version::HTTP_2,
+        }
+    }
+
+    /// Whether a body that has nothing more to give was broken off.
+    pub(crate) fn is_broken_off(&self) -> bool {
+        self.may_be_reset && !self.is_end_stream()
     }
 }
 

@@ -49,10 +49,18 @@ pub(crate) const BUFFER_BYTES: usize = 64 * 1024;
 pub(crate) struct Link {
     sender: SendRequest<RequestBody>,
     driver: Driver,
-    /// Set by the first byte that comes back; cleared before each request.
-    answered: Arc<AtomicBool>,
+    line: Arc<Line>,
     /// Of a connection that was detached.
     task: Option<AbortHandle>,
+}
+
+/// What a connection's socket and whoever uses the connection tell each other.
+#[derive(Debug, Default)]
+struct Line {
+    /// Set by the first byte that comes back; cleared before each request.
+    answered: AtomicBool,
+    /// It carries no HTTP any more.
+    tunnel: AtomicBool,
 }
 
 impl Drop for Link {
@@ -79,6 +87,7 @@ impl Link {
 
     /// Leaves the connection to the tunnel that it became.
     pub(crate) fn leave(mut self) {
+        self.line.tunnel.store(true, Relaxed);
         self.task = None;
     }
 
@@ -89,7 +98,7 @@ impl Link {
         request: Request<RequestBody>,
         progress: Option<&Progress>,
     ) -> Result<Response<Incoming>, SendError> {
-        self.answered.store(false, Relaxed);
+        self.line.answered.store(false, Relaxed);
         self.driver.relay.begin_waiting();
         self.driver.begin();
         let mut answer = pin!(self.sender.try_send_request(request));
@@ -110,7 +119,7 @@ impl Link {
 
     /// Whether anything came back since the last request.
     pub(crate) fn is_answered(&self) -> bool {
-        self.answered.load(Relaxed)
+        self.line.answered.load(Relaxed)
     }
 
     /// The next part of an answer's body.
@@ -291,7 +300,7 @@ pub(crate) enum ConnectError {
 
 /// Opens a connection, whose requests wait by `clock`.
 pub(crate) async fn connect(upstream: &Upstream, clock: &Arc<Clock>) -> Result<Link, ConnectError> {
-    let answered = Arc::new(AtomicBool::new(false));
+    let line = Arc::<Line>::default();
     let io = match upstream {
         Upstream::Tcp(address) => {
             let stream = TcpStream::connect(address).await.map_err(ConnectError::Io)?;
@@ -300,10 +309,10 @@ pub(crate) async fn connect(upstream: &Upstream, clock: &Arc<Clock>) -> Result<L
         }
         Upstream::Unix(path) => Socket::Unix(UnixStream::connect(path).await.map_err(ConnectError::Io)?),
     };
-    let io = TokioIo::new(Watched { io, reader: Reader::new(Arc::default()), answered: Arc::clone(&answered) });
+    let io = TokioIo::new(Watched { io, reader: Reader::new(Arc::default()), line: Arc::clone(&line), reset: false });
     let (sender, connection) =
         http1::Builder::new().max_buf_size(BUFFER_BYTES).handshake(io).await.map_err(ConnectError::Http)?;
-    Ok(Link { sender, driver: Driver::new(connection, clock.relay()), answered, task: None })
+    Ok(Link { sender, driver: Driver::new(connection, clock.relay()), line, task: None })
 }
 
 enum Socket {
@@ -314,19 +323,26 @@ enum Socket {
 struct Watched {
     io: Socket,
     reader: Reader,
-    answered: Arc<AtomicBool>,
+    line: Arc<Line>,
+    /// A write was told that the upstream broke off: the end of what can be read is not the end of an answer.
+    reset: bool,
 }
 
-/// An upstream that closed takes no more, but may have answered before: hyper would give up at the failed write
-/// and never read that. So what is written goes nowhere, and reading tells how the exchange ends.
-fn taken(written: Poll<io::Result<usize>>, all: usize) -> Poll<io::Result<usize>> {
-    match written {
-        Poll::Ready(Err(error))
-            if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
-        {
-            Poll::Ready(Ok(all))
+impl Watched {
+    /// An upstream that closed takes no more, but may have answered before: hyper would give up at the failed write
+    /// and never read that. So what is written goes nowhere, and reading tells how the exchange ends. A tunnel ends.
+    fn taken(&mut self, written: Poll<io::Result<usize>>, all: usize) -> Poll<io::Result<usize>> {
+        match written {
+            Poll::Ready(Err(error)) if !self.line.tunnel.load(Relaxed) => match error.kind() {
+                io::ErrorKind::BrokenPipe => Poll::Ready(Ok(all)),
+                io::ErrorKind::ConnectionReset => {
+                    self.reset = true;
+                    Poll::Ready(Ok(all))
+                }
+                _ => Poll::Ready(Err(error)),
+            },
+            written => written,
         }
-        written => written,
     }
 }
 
@@ -339,7 +355,9 @@ impl AsyncRead for Watched {
             Socket::Unix(stream) => this.reader.poll(Pin::new(stream), cx, buf),
         };
         if buf.filled().len() > before {
-            this.answered.store(true, Relaxed);
+            this.line.answered.store(true, Relaxed);
+        } else if this.reset && matches!(result, Poll::Ready(Ok(()))) {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
         result
     }
@@ -352,7 +370,7 @@ impl AsyncWrite for Watched {
             Socket::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Socket::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
         };
-        taken(written, buf.len())
+        this.taken(written, buf.len())
     }
 
     fn poll_write_vectored(
@@ -369,7 +387,7 @@ impl AsyncWrite for Watched {
             Socket::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Socket::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         };
-        taken(written, bufs.iter().map(|buf| buf.len()).sum())
+        this.taken(written, bufs.iter().map(|buf| buf.len()).sum())
     }
 
     fn is_write_vectored(&self) -> bool {

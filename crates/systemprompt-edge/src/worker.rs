@@ -17,6 +17,7 @@ use crate::{
     stream::Watched,
     tls::Sni,
     unread::Streams,
+    upload::Upload,
     upstream::BUFFER_BYTES,
 };
 use arc_swap::ArcSwap;
@@ -334,13 +335,15 @@ impl Opened {
 async fn serve_redirects(worker: &Arc<Worker>, connection: &Arc<Connection>, stream: Watched<TcpStream>) {
     let io = TokioIo::new(Gate::new(stream, Arc::clone(connection), worker.config.limits.head_bytes));
     let service = service_fn(|request: hyper::Request<Incoming>| {
+        let (request, body) = request.into_parts();
+        drop(Upload::new(body, &request));
         let redirected = match connection.refusal(Refused::Head) {
             Some(refusal) => Err(Problem::Refused(refusal)),
-            None => redirect(request.uri(), request.headers(), &worker.certs.load(), worker.redirect_port),
+            None => redirect(&request.uri, &request.headers, &worker.certs.load(), worker.redirect_port),
         };
         connection.answered();
         let mut response = redirected
-            .unwrap_or_else(|problem| answer(problem, &Accept::header(request.headers()), worker.request_id()));
+            .unwrap_or_else(|problem| answer(problem, &Accept::header(&request.headers), worker.request_id()));
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         std::future::ready(Ok::<_, Infallible>(response))
     });
@@ -363,13 +366,14 @@ async fn drive<C: Future>(
             registered = true;
             connection.register(cx);
         }
-        match connection.verdict() {
-            Verdict::Cut => return Poll::Ready(None),
-            Verdict::Close if !closing => {
-                closing = true;
-                close(connected.as_mut());
-            }
-            Verdict::Close | Verdict::Live => {}
+        if connection.verdict() == Verdict::Close && !closing {
+            closing = true;
+            // Being told has used the registration up, and there may be more to be told.
+            connection.register(cx);
+            close(connected.as_mut());
+        }
+        if connection.verdict() == Verdict::Cut {
+            return Poll::Ready(None);
         }
         connected.as_mut().poll(cx).map(Some)
     })
@@ -404,4 +408,26 @@ fn h2_builder(config: &EdgeConfig) -> http2::Builder<Streams> {
         .keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(20));
     builder
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connection::Connections;
+
+    #[tokio::test]
+    async fn a_connection_that_does_not_close_can_still_be_cut() {
+        let registered = Arc::new(Connections::default()).enter();
+        let connection = Arc::clone(&registered.connection);
+        let (closing, mut closed) = tokio::sync::mpsc::unbounded_channel();
+        let driven = tokio::spawn(async move {
+            let mut never = std::pin::pin!(std::future::pending::<()>());
+            drive(&registered.connection, never.as_mut(), |_| closing.send(()).expect("somebody waits")).await
+        });
+        connection.close();
+        closed.recv().await.expect("it was told to close");
+        connection.cut();
+        let ended = timeout(Duration::from_secs(10), driven).await.expect("it was cut");
+        assert_eq!(ended.expect("no panic"), None);
+    }
 }

@@ -147,6 +147,13 @@ async fn clear_http_is_sent_to_https() {
         ("a.b.systemprompt.localhost", "/", None),
         ("user@systemprompt.localhost", "/", None),
     ] {
+        // However much the client has still to say.
+        let body = vec![b'x'; 4 * 1024 * 1024];
+        let mut stream = TcpStream::connect(edge.http).await.expect("connect");
+        let head = format!("POST {target} HTTP/1.1\r\nHost: {name}\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all(&[head.as_bytes(), &body].concat()).await.expect("write");
+        let answer = Answer::read(&mut stream).await.expect("answer");
+        assert_eq!(answer.status, if expected.is_some() { 308 } else { 400 }, "{name}");
         let mut stream = TcpStream::connect(edge.http).await.expect("connect");
         let head = format!("GET {target} HTTP/1.1\r\nHost: {name}\r\n\r\n");
         stream.write_all(head.as_bytes()).await.expect("write");

@@ -211,6 +211,59 @@ async fn an_answer_before_the_end_of_the_body_arrives() {
     stopped.abort();
 }
 
+/// Without a length only the connection's end says where an answer ends, and this end does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_of_an_app_that_breaks_off_is_not_whole() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let upstream = systemprompt_edge::Upstream::Tcp(listener.local_addr().expect("address"));
+    let (break_off, broken) = tokio::sync::oneshot::channel::<()>();
+    let app = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.expect("accept");
+        let _ = stream.read(&mut [0; 1024]).await;
+        stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nhalf").await.expect("write");
+        broken.await.expect("the word to break off");
+        // With all of the body unread: a reset.
+    });
+    let edge = TestEdge::start(&nobody(), [tenant(A, &upstream)], |_| {}).await;
+    let body = Full::new(Bytes::from(vec![b'x'; 4 * 1024 * 1024]));
+    let ask = Request::post(format!("https://{A}/")).body(body).expect("request");
+    let mut answer = edge.h2(Some(A)).await.send_request(ask).await.expect("an answer");
+    let half = answer.body_mut().frame().await.expect("a frame").expect("the first half");
+    assert_eq!(half.into_data().expect("data"), "half");
+    break_off.send(()).expect("the app waits");
+    app.await.expect("no panic");
+    let rest = timeout(DEADLINE, answer.into_body().collect()).await.expect("an end");
+    rest.expect_err("the answer is not whole");
+}
+
+/// The app must not take a half for the whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_an_http2_client_breaks_off_is_not_whole() {
+    let (ended, mut ends) = tokio::sync::mpsc::unbounded_channel();
+    let server = Server::tcp(move |request: Request<Incoming>| {
+        let ended = ended.clone();
+        async move {
+            let body = request.into_body().collect().await;
+            ended.send(body.map(http_body_util::Collected::to_bytes).ok()).expect("somebody waits");
+            Response::new(full("taken"))
+        }
+    })
+    .await;
+    let edge = TestEdge::start(&nobody(), [tenant(A, &server.upstream)], |_| {}).await;
+    for reason in [0, 8] {
+        let mut stream = edge.tls(Some(A), &["h2"]).await;
+        let begun = [H2_PREFACE, &h2_frame(1, 4, 1, &h2_get(&[]))].concat();
+        stream.write_all(&begun).await.expect("write");
+        let (handle, upstream) = (edge.handle.clone(), server.upstream.clone());
+        eventually("the claim", || handle.in_flight(&upstream) == 1).await;
+        // RST_STREAM with NO_ERROR or CANCEL right behind DATA.
+        let rest = [h2_frame(0, 0, 1, b"half"), h2_frame(3, 0, 1, &[0, 0, 0, reason])].concat();
+        stream.write_all(&rest).await.expect("write");
+        let end = timeout(DEADLINE, ends.recv()).await.expect("in time").expect("an end");
+        assert_eq!(end, None, "reason {reason}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_waits_to_be_asked_is_not_asked_for_in_vain() {
     let edge = TestEdge::start(&nobody(), [unavailable(A, Why::AwaitingDeploy)], |_| {}).await;

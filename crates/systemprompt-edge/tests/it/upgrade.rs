@@ -3,9 +3,12 @@
 use crate::harness::*;
 use http::{Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use std::time::Duration;
-use systemprompt_edge::EdgeConfig;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use std::time::{Duration, Instant};
+use systemprompt_edge::{EdgeConfig, Upstream};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+};
 
 /// Accepts every upgrade and echoes bytes.
 async fn echo() -> Server {
@@ -83,6 +86,31 @@ async fn a_silent_tunnel_ends() {
     stream.write_all(handshake().as_bytes()).await.expect("write");
     assert_eq!(Answer::read(&mut stream).await.expect("answer").status, 101);
     assert!(is_closed(&mut stream).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tunnel_without_its_app_ends_when_something_is_said() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let upstream = Upstream::Tcp(listener.local_addr().expect("address"));
+    let app = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.expect("accept");
+        assert!(stream.read(&mut [0; 1024]).await.expect("a head") > 0);
+        let agreed = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+        stream.write_all(agreed).await.expect("write");
+    });
+    let edge = TestEdge::start(&nobody(), [tenant(A, &upstream)], |_| {}).await;
+    let mut stream = edge.tls(Some(A), &["http/1.1"]).await;
+    stream.write_all(handshake().as_bytes()).await.expect("write");
+    assert_eq!(Answer::read_head(&mut stream).await, 101);
+    app.await.expect("the app has left");
+    // A client that does not look whether anybody is there.
+    let deadline = Instant::now() + DEADLINE;
+    while edge.handle.in_flight(&upstream) > 0 {
+        assert!(Instant::now() < deadline, "the tunnel goes on");
+        let _ = stream.write_all(b".").await;
+        let _ = stream.flush().await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
