@@ -5,7 +5,7 @@
 //! | Build | packs the project, layer by layer, from the cache where nothing changed | Token |
 //! | Token | asks for ten minutes of pushing | Push, or Submit when nothing is to be pushed |
 //! | Push | sends what the registry lacks | Submit; Token again when the token ended meanwhile |
-//! | Submit | asks for the deploy, with one key per command | Watch; itself again when no answer came |
+//! | Submit | asks for the deploy, with one key per command | Watch; itself again when no answer came, or the tenant is busy |
 //! | Watch | follows the tenant's events to the last frame | done, or failed with the instance's last lines |
 //!
 //! Every state can be entered again: layers are cached, blobs are asked for before they are sent, the key makes a
@@ -33,6 +33,9 @@ use url::Url;
 const MAX_TOKENS: u32 = 3;
 const MAX_SUBMITS: u32 = 6;
 const SUBMIT_PAUSE: Duration = Duration::from_millis(250);
+/// How long a deploy waits for what else is being done to its tenant, such as the deploy of a command that was killed.
+const BUSY_WITHIN: Duration = Duration::from_mins(5);
+const BUSY_PAUSE: Duration = Duration::from_millis(250);
 /// After so much silence of the stream the operation itself is asked.
 const ASK_AFTER: Duration = Duration::from_secs(10);
 /// After so much silence of everything nobody is asked any more.
@@ -71,6 +74,8 @@ pub enum DeployProgress {
     Build(BuildEvent),
     /// The push came further.
     Push(PushEvent),
+    /// Something else is being done to the tenant; the deploy is asked for again until that is over.
+    Busy,
     /// From here on the cloud goes on by itself.
     Accepted(DeployAccepted),
     /// The cloud came further.
@@ -314,11 +319,21 @@ impl Deploy {
         };
         let (mut attempt, mut pause) = (1, SUBMIT_PAUSE);
         let mut unanswered = false;
+        let mut busy_since = None;
         loop {
             match self.client.deploy(self.spec.tenant, &request, &self.key).await {
                 Ok(accepted) => {
                     sink(DeployProgress::Accepted(accepted.clone()));
                     return Ok(State::Watch { accepted, pushed });
+                }
+                Err(error)
+                    if error.is_busy() && busy_since.is_none_or(|since: Instant| since.elapsed() < BUSY_WITHIN) =>
+                {
+                    if busy_since.is_none() {
+                        sink(DeployProgress::Busy);
+                    }
+                    busy_since.get_or_insert_with(Instant::now);
+                    tokio::time::sleep(BUSY_PAUSE).await;
                 }
                 Err(error) if attempt < MAX_SUBMITS && error.is_transient() => {
                     unanswered |= error.may_have_arrived();

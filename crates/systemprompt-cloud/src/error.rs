@@ -90,6 +90,11 @@ impl CloudError {
         matches!(self, Self::Api(error) if error.code == ErrorCode::NotFound)
     }
 
+    /// Something else is being done to the tenant, which ends by itself.
+    pub(crate) fn is_busy(&self) -> bool {
+        matches!(self, Self::Api(error) if error.code == ErrorCode::OperationInProgress)
+    }
+
     /// Whether the same call may succeed by itself a moment later.
     pub fn is_transient(&self) -> bool {
         match self {

@@ -1,8 +1,8 @@
 //! HTTP/2 streams whose client takes nothing: reset, as the socket's stall ends an HTTP/1.1 connection.
 //!
 //! A client that grants no flow-control window leaves the socket idle and would hold its upstream's
-//! connection for ever. hyper asks a body for its next frame only when there is room for it, so an answer
-//! that is not asked waits for its client.
+//! connection for ever. hyper takes one part of an answer ahead and asks for the next only when there was
+//! room for that, so an answer that is not asked waits for its client.
 
 use std::{
     future::poll_fn,

@@ -2,8 +2,8 @@
 //! twice.
 
 use crate::crash::settled;
-use anyhow::{Context as _, bail, ensure};
-use e2e::{PATIENCE, Stack, Start, TenantRef, until};
+use anyhow::{Context as _, ensure};
+use e2e::{Stack, Start, TenantRef, until};
 use std::{
     fs::{self, File},
     path::Path,
@@ -12,7 +12,6 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Instant,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -64,17 +63,8 @@ async fn a_command_killed_before_its_deploy_is_answered_has_deployed_once() -> a
     killed(&stack, &tenant, &line, Cut::Answer, async |_| deployments(&stack).await.is_ok_and(|all| !all.is_empty()))
         .await?;
 
-    // What was accepted goes on by itself. Until it is over, another deploy is told so.
-    let (deadline, id) = (Instant::now() + PATIENCE, tenant.id.to_string());
-    loop {
-        let output = stack.cli(&tenant, &["--json", "cloud", "deploy", "--tenant", &id]).await?;
-        let said = output.json()?;
-        match said["error"]["code"].as_str() {
-            None if output.ok => break,
-            Some("operation_in_progress") if Instant::now() < deadline => {}
-            _ => bail!("the same command: {output:?}"),
-        }
-    }
+    // What was accepted goes on by itself, and the next one waits for its end.
+    stack.deploy(&tenant).await?;
     released(&stack, &tenant, &["live", "retired"]).await
 }
 

@@ -61,13 +61,17 @@ impl Up {
     }
 
     fn foreground(&self) -> anyhow::Result<Foreground> {
+        self.foreground_until("The cloud is up.")
+    }
+
+    fn foreground_until(&self, line: &str) -> anyhow::Result<Foreground> {
         let mut child = self.command(&[])?.spawn()?;
         let stderr = BufReader::new(child.stderr.take().context("stderr is piped")?);
         let (sender, lines) = mpsc::channel();
         // Read to the end, whoever listens: a full pipe would stop it.
         thread::spawn(move || stderr.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line))));
         let foreground = Foreground { child };
-        wait_for("The cloud is up.", &lines)?;
+        wait_for(line, &lines)?;
         Ok(foreground)
     }
 
@@ -159,7 +163,7 @@ fn wait_for(wanted: &str, lines: &Receiver<String>) -> anyhow::Result<()> {
     loop {
         let line = lines.recv_timeout(deadline.saturating_duration_since(Instant::now()));
         let line = line.with_context(|| format!("waited for {wanted:?}; it said:\n{said}"))?;
-        if line == wanted {
+        if line.starts_with(wanted) {
             return Ok(());
         }
         said.push_str(&line);
@@ -214,5 +218,18 @@ fn a_lost_token_and_a_killed_up_are_no_dead_ends() -> anyhow::Result<()> {
     let (figures, said) = up.once()?;
     ensure!(said.contains("of an `up` that was killed"), "{said}");
     ensure!(figures["status"] == "200" && figures["phase1_ms"] == "none", "{figures:?}\n{said}");
+    up.check_nothing_is_left()
+}
+
+#[test]
+fn an_up_that_was_killed_halfway_is_gone_on_with() -> anyhow::Result<()> {
+    let up = Up::new("022")?;
+    for line in ["buying a tenant", "deploying the example to"] {
+        let ended = up.foreground_until(line)?.end(Signal::KILL)?;
+        ensure!(!ended.success(), "it was killed");
+    }
+    let (figures, said) = up.once()?;
+    ensure!(figures["status"] == "200" && figures["phase1_ms"] == "none", "{figures:?}\n{said}");
+    ensure!(fs::read_dir(up.data().join("compute/apps"))?.count() == 1, "one app");
     up.check_nothing_is_left()
 }

@@ -29,9 +29,22 @@ pub(crate) enum TenantEvent {
     DeleteAsked,
 }
 
+impl TenantEvent {
+    const fn words(self) -> &'static str {
+        match self {
+            Self::Ready => "become ready",
+            Self::DeployAsked => "be deployed to",
+            Self::DeploySucceeded => "have a deploy succeed",
+            Self::DeployFailed { .. } => "have a deploy fail",
+            Self::ProvisionFailed => "fail to be provisioned",
+            Self::DeleteAsked => "be deleted",
+        }
+    }
+}
+
 /// An event that the phase does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a tenant that is {} cannot take {event:?}", word(*.phase))]
+#[error("a tenant that is {} cannot {}", word(*.phase), event.words())]
 pub(crate) struct IllegalTransition {
     pub(crate) phase: TenantPhase,
     pub(crate) event: TenantEvent,

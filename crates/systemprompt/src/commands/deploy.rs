@@ -166,6 +166,7 @@ fn sink(progress: Progress, reached: Arc<Mutex<DeployStage>>) -> DeploySink {
         DeployProgress::Push(PushEvent::Uploading { size, .. }) => progress.now(&format!("Sending {}", bytes(size))),
         DeployProgress::Push(PushEvent::Manifest { digest }) => progress.step(&format!("pushed {digest}")),
         DeployProgress::Build(BuildEvent::Layer { .. }) | DeployProgress::Push(_) => {}
+        DeployProgress::Busy => progress.now("Waiting for the end of what else is being done to this tenant"),
         DeployProgress::Accepted(deploy) => {
             progress.step(&format!("deploy accepted, operation {}", deploy.operation_id));
         }
