@@ -11,10 +11,29 @@ const PROVISION: [&str; 6] = ["reserve", "secrets", "app", "database", "route", 
 const DEPLOY: [&str; 6] = ["verify", "launch", "probe", "switch", "retire", "finish"];
 const DELETE: [&str; 6] = ["settle", "stop", "destroy", "database", "images", "forget"];
 
-fn points(workflow: &str, steps: &[&str]) -> Vec<String> {
-    let each =
-        steps.iter().flat_map(|step| BOUNDARIES.iter().map(move |boundary| format!("{workflow}.{step}.{boundary}")));
-    each.collect()
+/// All boundaries of a workflow's steps, and behind the act of each step named in `inside`, what is inside of it.
+fn points(workflow: &str, steps: &[&str], inside: &[(&str, &[&str])]) -> Vec<String> {
+    let mut points = Vec::new();
+    for step in steps {
+        for boundary in BOUNDARIES {
+            if boundary == "after_act" {
+                let inside = inside.iter().filter(|(of, _)| of == step).flat_map(|(_, points)| *points);
+                points.extend(inside.map(|point| (*point).to_owned()));
+            }
+            points.push(format!("{workflow}.{step}.{boundary}"));
+        }
+    }
+    points
+}
+
+/// The journal of the last operation of a workflow has these steps: none is missing in the list above.
+async fn has_steps(stack: &Stack, workflow: &str, steps: &[&str]) -> anyhow::Result<()> {
+    let mut control = e2e::connect(stack, "control", "systemprompt").await?;
+    let query = "SELECT name FROM operation_steps WHERE operation_id =
+                   (SELECT id FROM operations WHERE workflow = $1 ORDER BY created_at DESC LIMIT 1) ORDER BY position";
+    let found: Vec<String> = sqlx::query_scalar(query).bind(workflow).fetch_all(&mut control).await?;
+    ensure!(found == steps, "steps of {workflow}: expected {steps:?}, found {found:?}");
+    Ok(())
 }
 
 /// Kills the control plane at every point in turn, each time finishing the work of the one before up to there.
@@ -35,14 +54,16 @@ async fn through(stack: &mut Stack, points: &[String], begin: impl AsyncFnOnce(&
 #[tokio::test(flavor = "multi_thread")]
 async fn provision_converges_from_every_boundary() -> anyhow::Result<()> {
     let mut stack = Stack::start().await?;
-    let mut points = points("provision_tenant", &PROVISION);
-    let inside = points.iter().position(|point| point == "provision_tenant.database.after_act").context("point")?;
-    points.insert(inside, "provision_tenant.database.after_create".to_owned());
-    points.insert(inside, "provision_tenant.database.after_role".to_owned());
+    let inside: [(&str, &[&str]); 2] = [
+        ("app", &["compute.app.directory", "compute.app.storage"]),
+        ("database", &["provision_tenant.database.after_role", "provision_tenant.database.after_create"]),
+    ];
+    let points = points("provision_tenant", &PROVISION, &inside);
     let checkout = stack.order("crashing").await?;
     through(&mut stack, &points, async |stack| drop(stack.confirm(&checkout).await)).await?;
     let tenant = stack.bought(&checkout).await?;
     stack.wait_status(&tenant, "awaiting_deploy").await?;
+    has_steps(&stack, "provision_tenant", &PROVISION).await?;
     settled(&stack, &[tenant.id], &[]).await?;
     stack.deploy(&tenant).await?;
     settled(&stack, &[tenant.id], &[tenant.id]).await
@@ -54,15 +75,17 @@ async fn deploy_converges_from_every_boundary() -> anyhow::Result<()> {
     let tenant = stack.provision("crashing").await?;
     stack.deploy(&tenant).await?;
     let second = TestApp { behaviour: "healthy", text: "second" }.push(&stack, &tenant).await?;
-    let mut points = points("deploy_tenant", &DEPLOY);
-    let inside = points.iter().position(|point| point == "deploy_tenant.launch.after_act").context("point")?;
-    let launch = ["locked", "unpacking", "spawned", "ordered"].map(|at| format!("compute.launch.{at}"));
-    points.splice(inside..inside, launch);
+    let launch = ["locked", "recorded", "firewall", "namespace", "network", "unpacking", "image", "cgroup", "spawned"];
+    let launch: Vec<_> = launch.iter().chain(&["ordered"]).map(|at| format!("compute.launch.{at}")).collect();
+    let launch: Vec<_> = launch.iter().map(String::as_str).collect();
+    let inside: [(&str, &[&str]); 2] = [("launch", &launch), ("retire", &["compute.stop.told", "compute.stop.killed"])];
+    let points = points("deploy_tenant", &DEPLOY, &inside);
     through(&mut stack, &points, async |stack| {
         drop(second.submit(stack, &tenant).await);
     })
     .await?;
     stack.wait_status(&tenant, "running").await?;
+    has_steps(&stack, "deploy_tenant", &DEPLOY).await?;
     settled(&stack, &[tenant.id], &[tenant.id]).await?;
     until("the second release is served", async || {
         stack.get(&tenant, "/").await.is_ok_and(|(status, body)| status == 200 && body == "second")
@@ -75,15 +98,19 @@ async fn delete_converges_from_every_boundary() -> anyhow::Result<()> {
     let mut stack = Stack::start().await?;
     let tenant = stack.provision("crashing").await?;
     stack.deploy(&tenant).await?;
-    let mut points = points("delete_tenant", &DELETE);
-    let inside = points.iter().position(|point| point == "delete_tenant.database.after_act").context("point")?;
-    points.insert(inside, "databases.drop.after_database".to_owned());
+    let inside: [(&str, &[&str]); 3] = [
+        ("stop", &["compute.stop.told", "compute.stop.killed"]),
+        ("destroy", &["compute.destroy.discarded"]),
+        ("database", &["databases.drop.after_database"]),
+    ];
+    let points = points("delete_tenant", &DELETE, &inside);
     through(&mut stack, &points, async |stack| {
         let path = format!("{}?purge=true", paths::tenant(tenant.id, ""));
         drop(stack.call(Method::DELETE, &path, None).await);
     })
     .await?;
     settled(&stack, &[], &[]).await?;
+    has_steps(&stack, "delete_tenant", &DELETE).await?;
     let (status, _) = stack.get(&tenant, "/").await?;
     ensure!(status == 502, "{status}");
     Ok(())
@@ -283,6 +310,35 @@ async fn a_broken_step_is_seen() -> anyhow::Result<()> {
     stack.wait_status(&tenant, "awaiting_deploy").await?;
     let checked = World::look(&stack).await?.check(&[tenant.id], &[]);
     ensure!(checked.as_ref().is_err_and(|error| error.to_string().contains("databases")), "{checked:?}");
+    Ok(())
+}
+
+/// Nor is one that does not undo, or does not delete, missed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_way_back_is_seen() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    let tenant = stack.provision("broken").await?;
+    let sick = TestApp { behaviour: "sick", text: "" }.push(&stack, &tenant).await?;
+    for (skip, wrong) in
+        [("deploy_tenant.launch.undo", "instances:"), ("delete_tenant.images", "images of tenants that are gone")]
+    {
+        stack.terminate()?;
+        let arguments = &["--healthy-within", "1"];
+        stack.serve(&Start { skip: Some(skip), arguments, ..Start::default() })?;
+        let left: &[TenantId] = if skip.starts_with("deploy") {
+            let view = e2e::wait_over(&stack, &sick.submit(&stack, &tenant).await?).await?;
+            ensure!(view["status"] == "failed", "{view}");
+            &[tenant.id]
+        } else {
+            let path = format!("{}?purge=true", paths::tenant(tenant.id, ""));
+            let accepted = stack.call(Method::DELETE, &path, None).await?;
+            let operation = accepted["data"]["operation_id"].as_str().context("an operation")?;
+            e2e::wait_over(&stack, operation).await?;
+            &[]
+        };
+        let checked = World::look(&stack).await?.check(left, &[]);
+        ensure!(checked.as_ref().is_err_and(|error| error.to_string().contains(wrong)), "{skip}: {checked:?}");
+    }
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Apps: what all instances of a tenant share, and what the installation keeps in order for all of them.
 
 use super::{
-    image,
+    crash, image,
     instance::{Asker, Inner, group},
     launch::slot,
     layout::{private_directory, read_record, write_record},
@@ -26,6 +26,7 @@ impl Inner {
             Some(record) => AppRecord { region: spec.region, memory_mb: spec.memory_mb, ..record },
             None => {
                 private_directory(&self.layout.app(&spec.app))?;
+                crash::point("compute.app.directory");
                 let uid = self.networks.as_ref().map(|_| self.allocate_uid()).transpose()?;
                 AppRecord { tenant: spec.tenant, region: spec.region, memory_mb: spec.memory_mb, uid }
             }
@@ -35,6 +36,7 @@ impl Inner {
         if let Some(uid) = record.uid {
             chown(&storage, Some(uid), Some(uid))?;
         }
+        crash::point("compute.app.storage");
         write_record(&path, &record)?;
         Ok(AppHandle::new(spec.app.as_str()))
     }
@@ -47,6 +49,7 @@ impl Inner {
             self.erase(&key, lock)?;
         }
         self.layout.discard(&self.layout.app(app))?;
+        crash::point("compute.destroy.discarded");
         // An earlier call may have got no further than moving it there: deleted is what is deleted.
         self.layout.empty_trash(Some(app.as_str()))?;
         lock.remove()?;

@@ -1,7 +1,7 @@
 //! Stopping: first the application is asked, then the sandbox's init is killed, and with it everything inside.
 
 use super::{
-    blocking,
+    blocking, crash,
     host::{self, ProcessId},
     instance::{Asker, Inner, init_process},
     layout::InstanceKey,
@@ -44,13 +44,17 @@ pub(crate) async fn stop(inner: &Arc<Inner>, key: InstanceKey, grace: Duration) 
         let deadline = Instant::now() + grace;
         let mut told = false;
         while Instant::now() < deadline && is_running(inner, &key)? {
-            told = told || tell(inner, &key)?;
+            if !told {
+                told = tell(inner, &key)?;
+                crash::point("compute.stop.told");
+            }
             tokio::time::sleep(LOOK).await;
         }
     }
     let inner = inner.clone();
     blocking(move || {
         kill_now(&inner, &key)?;
+        crash::point("compute.stop.killed");
         match inner.look(&key, Asker::Holder)? {
             Some(found) => inner.release_network(&found.record),
             None => Ok(()),

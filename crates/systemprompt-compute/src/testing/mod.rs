@@ -11,5 +11,6 @@ pub use conformance::{Fixture, conformance, get, poll, running};
 pub use control::{ControlOrder, control_main};
 pub use image::{ImageDirectory, app_image, app_layer, image_of, shared_libraries};
 
-/// Names that `SYSTEMPROMPT_CRASH_POINT` may have in a debug build: the driver, or its launcher, aborts there.
-pub const CRASH_POINTS: &[&str] = &crate::process::crash::POINTS;
+/// Names that `SYSTEMPROMPT_CRASH_POINT` may have in a debug build: the driver, or its launcher, aborts there in the
+/// middle of a launch.
+pub const CRASH_POINTS: &[&str] = &crate::process::crash::OF_A_LAUNCH;
