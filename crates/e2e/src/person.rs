@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
-use systemprompt_contract::{TenantId, paths};
+use systemprompt_contract::{Secret, TenantId, paths};
 
 /// A proxy that answers nobody, for the environment of what must reach the loopback without one.
 pub const NO_WAY_HOME: &str = "http://127.0.0.1:9";
@@ -81,8 +81,17 @@ impl Stack {
     /// # Errors
     /// When the call fails.
     pub async fn order(&self, name: &str) -> anyhow::Result<String> {
-        let request = serde_json::json!({ "price_id": "pri_standard", "region": "iad", "name": name });
-        let created = self.call(reqwest::Method::POST, paths::CHECKOUT, Some(&request)).await?;
+        self.order_as(self.token(), name).await
+    }
+
+    /// A checkout of somebody else's.
+    ///
+    /// # Errors
+    /// When the call fails.
+    pub async fn order_as(&self, who: &Secret, name: &str) -> anyhow::Result<String> {
+        let order = serde_json::json!({ "price_id": "pri_standard", "region": "iad", "name": name });
+        let request = self.client().post(format!("{}{}", self.api_url(), paths::CHECKOUT)).bearer_auth(who.expose());
+        let created: Value = request.json(&order).send().await?.error_for_status()?.json().await?;
         Ok(created["checkout_session_id"].as_str().context("checkout_session_id")?.to_owned())
     }
 

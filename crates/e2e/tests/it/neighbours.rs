@@ -1,4 +1,4 @@
-//! What a tenant can reach from inside: its own database and the outside, and no listener of this machine.
+//! What a tenant can reach: no listener of this machine, and no database but its own.
 
 use anyhow::{Context as _, ensure};
 use e2e::{Stack, TestApp, World};
@@ -44,6 +44,52 @@ async fn a_tenant_reaches_no_other_listener_of_the_machine() -> anyhow::Result<(
     // The probe itself works: it finds its own listener.
     let (_, answer) = stack.get(&attacker, &format!("/dial?{own}")).await?;
     ensure!(answer == own, "{answer:?}");
+    Ok(())
+}
+
+/// As the tenants' cluster itself sees it, beside the `pg_hba.conf` that refuses already.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenants_role_may_nothing_but_use_its_own_database() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenants = [stack.provision("one").await?, stack.provision("two").await?];
+    let mut cluster = e2e::connect(&stack, "tenants", "postgres").await?;
+    let roles: Vec<(String, i32, bool, bool)> = sqlx::query_as(
+        "SELECT rolname::text, rolconnlimit, rolpassword LIKE 'SCRAM-SHA-256$%', rolcanlogin AND NOT
+                (rolsuper OR rolcreatedb OR rolcreaterole OR rolreplication OR rolbypassrls OR rolinherit)
+         FROM pg_authid WHERE rolname LIKE 'sp\\_%' ORDER BY rolname",
+    )
+    .fetch_all(&mut cluster)
+    .await?;
+    let mut names = tenants.each_ref().map(|tenant| tenant.id.slug().database().to_string());
+    names.sort();
+    ensure!(roles == names.each_ref().map(|name| (name.clone(), 20, true, true)), "{roles:?}");
+    let members: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.member WHERE rolname LIKE 'sp\\_%'",
+    )
+    .fetch_one(&mut cluster)
+    .await?;
+    ensure!(members == 0, "a tenant's role is a member of others");
+    let open: Vec<String> = sqlx::query_scalar(
+        "SELECT datname::text FROM pg_database WHERE has_database_privilege('public', oid, 'CONNECT, CREATE, TEMPORARY')",
+    )
+    .fetch_all(&mut cluster)
+    .await?;
+    ensure!(open.is_empty(), "open to everybody: {open:?}");
+    for name in &names {
+        let owner: String =
+            sqlx::query_scalar("SELECT pg_get_userbyid(datdba)::text FROM pg_database WHERE datname = $1")
+                .bind(name)
+                .fetch_one(&mut cluster)
+                .await?;
+        let mut inside = e2e::connect(&stack, "tenants", name).await?;
+        let schema: (String, bool) = sqlx::query_as(
+            "SELECT pg_get_userbyid(nspowner)::text, has_schema_privilege('public', oid, 'USAGE, CREATE')
+             FROM pg_namespace WHERE nspname = 'public'",
+        )
+        .fetch_one(&mut inside)
+        .await?;
+        ensure!((&owner, &schema) == (name, &(name.clone(), false)), "{name}: {owner} {schema:?}");
+    }
     Ok(())
 }
 
