@@ -75,6 +75,19 @@ impl Up {
         Ok(foreground)
     }
 
+    fn sign_in_as_member(&self) -> anyhow::Result<()> {
+        let script = "echo 'a password for tests only' | $0 create-account --data $2 --email member@example.com |
+            sed 's/.*\"access_token\":\"\\([^\"]*\\).*/\\1/' | $1 cloud auth login --token - --api-url $3";
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).arg(program("management-api")?).arg(program("systemprompt")?).arg(self.data());
+        command
+            .arg(format!("https://api.systemprompt.localhost:{}", self.https))
+            .current_dir(self.data().join("hello"));
+        let output = command.env("SYSTEMPROMPT_CA_FILE", self.data().join("ca/ca.pem")).output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
     /// The command line as `up` tells people to use it.
     fn cli(&self, arguments: &[&str]) -> anyhow::Result<serde_json::Value> {
         let mut command = Command::new(program("systemprompt")?);
@@ -217,6 +230,15 @@ fn a_lost_token_and_a_killed_up_are_no_dead_ends() -> anyhow::Result<()> {
 
     let (figures, said) = up.once()?;
     ensure!(said.contains("of an `up` that was killed"), "{said}");
+    ensure!(figures["status"] == "200" && figures["phase1_ms"] == "none", "{figures:?}\n{said}");
+    up.check_nothing_is_left()?;
+
+    // Nor is somebody else in the project, who may not confirm what `up` buys.
+    let foreground = up.foreground()?;
+    up.sign_in_as_member()?;
+    ensure!(up.cli(&["cloud", "auth", "whoami"])?["data"]["role"] == "member");
+    foreground.end(Signal::INT)?;
+    let (figures, said) = up.once()?;
     ensure!(figures["status"] == "200" && figures["phase1_ms"] == "none", "{figures:?}\n{said}");
     up.check_nothing_is_left()
 }

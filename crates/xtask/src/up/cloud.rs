@@ -120,7 +120,7 @@ impl Cloud {
     /// Makes the first account when there is none, and signs the command line in.
     pub(crate) fn sign_in(&self, shell: &Shell) -> Result<()> {
         let ready = &self.server.ready;
-        // Whoever signed in there himself stays who he is.
+        // Another operator who signed in there himself stays who he is.
         if self.cli.json(shell, &["cloud", "auth", "whoami"]).is_ok_and(|who| is_signed_in(&who, &ready.api_url)) {
             return Ok(());
         }
@@ -264,11 +264,11 @@ fn make_passable(folder: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether the cloud itself took the token: offline, the command line tells only what the token says.
+/// Whether the cloud itself took the token, and as an operator's: `up` confirms what it buys.
 fn is_signed_in(who: &Value, api_url: &str) -> bool {
     let said = who.pointer("/data/api_url").and_then(Value::as_str);
     let same = said.is_some_and(|said| said.trim_end_matches('/') == api_url.trim_end_matches('/'));
-    same && who.pointer("/data/cloud_tenants").is_some_and(Value::is_number)
+    same && who.pointer("/data/role").is_some_and(|role| role == "operator")
 }
 
 fn find_tenant(list: &Value, name: &str) -> Result<Option<String>> {
@@ -314,11 +314,12 @@ mod tests {
     }
 
     #[test]
-    fn only_whom_this_cloud_took_is_signed_in() {
-        let who = |url: &str, tenants| json!({ "data": { "api_url": url, "cloud_tenants": tenants } });
-        assert!(is_signed_in(&who("https://api.z:1/", json!(0)), "https://api.z:1"));
+    fn only_an_operator_whom_this_cloud_took_is_signed_in() {
+        let who = |url: &str, role| json!({ "data": { "api_url": url, "role": role } });
+        assert!(is_signed_in(&who("https://api.z:1/", json!("operator")), "https://api.z:1"));
+        assert!(!is_signed_in(&who("https://api.z:1", json!("member")), "https://api.z:1"));
         assert!(!is_signed_in(&who("https://api.z:1", json!(null)), "https://api.z:1"), "refused");
-        assert!(!is_signed_in(&who("https://api.z:2", json!(3)), "https://api.z:1"), "another cloud");
+        assert!(!is_signed_in(&who("https://api.z:2", json!("operator")), "https://api.z:1"), "another cloud");
     }
 
     #[test]

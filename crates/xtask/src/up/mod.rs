@@ -12,10 +12,10 @@ pub(crate) use cloud::{Cloud, Installation, Tenant};
 pub(crate) use server::Server;
 
 use crate::{packages, shell::Shell};
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use report::Timings;
 use std::{
-    net::SocketAddr,
+    net::{SocketAddr, ToSocketAddrs as _},
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -61,6 +61,7 @@ pub(crate) enum Profile {
 
 /// Installs, builds, starts, deploys, and stays until Ctrl-C, or with `--once` measures and stops.
 pub(crate) fn run(shell: &Shell, options: &Options) -> Result<()> {
+    zone_leads_here(&options.zone)?;
     packages::ensure(shell, &[packages::TO_RUN])?;
     let programs = match &options.programs {
         Some(programs) => programs.clone(),
@@ -83,6 +84,17 @@ pub(crate) fn run(shell: &Shell, options: &Options) -> Result<()> {
     if let Some(line) = last_line {
         println!("{line}");
     }
+    Ok(())
+}
+
+/// Said at once, and not after the build. Names below `localhost` need no DNS: everybody concerned knows them.
+fn zone_leads_here(zone: &str) -> Result<()> {
+    let api = format!("api.{zone}");
+    let known = zone == "localhost" || zone.ends_with(".localhost");
+    ensure!(
+        known || (api.as_str(), 0).to_socket_addrs().is_ok_and(|mut found| found.next().is_some()),
+        "{api} leads nowhere: the names of --zone {zone} (*.{zone}) must lead to this machine, by DNS or /etc/hosts"
+    );
     Ok(())
 }
 
@@ -163,6 +175,15 @@ fn default_data(root: bool, xdg: Option<PathBuf>, home: Option<PathBuf>) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_zone_that_leads_nowhere_is_refused_before_anything_is_built() {
+        zone_leads_here("cloud.localhost").unwrap();
+        for zone in ["cloud.invalid", "bad zone", "notlocalhost"] {
+            let error = zone_leads_here(zone).unwrap_err().to_string();
+            assert!(error.contains(zone) && error.contains("/etc/hosts"), "{error}");
+        }
+    }
 
     #[test]
     fn data_lies_where_the_system_keeps_such_things() {

@@ -10,7 +10,10 @@ use serde::Deserialize;
 use std::{
     fs::{self, File, TryLockError},
     io::{BufReader, Read as _, Seek as _, SeekFrom},
-    os::{fd::OwnedFd, unix::process::CommandExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
+    },
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
@@ -228,6 +231,7 @@ impl Log {
         let file = File::options()
             .create(true)
             .append(true)
+            .mode(0o600)
             .open(path)
             .with_context(|| format!("cannot write {}", path.display()))?;
         match file.try_lock() {
