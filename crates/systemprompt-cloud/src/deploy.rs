@@ -194,7 +194,7 @@ impl DeployError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Build(BuildError::Secrets(_)) => {
-                Some("Move secrets to the environment of the tenant, or allow one file: --allow-secret PATH".to_owned())
+                Some("Take it out of the project, or allow one file: --allow-secret PATH".to_owned())
             }
             Self::Build(BuildError::CacheFolder { .. }) => {
                 Some("Remove it, or set XDG_CACHE_HOME to a folder of yours.".to_owned())

@@ -11,7 +11,7 @@ pub enum CloudError {
     #[error("{}", .0.message)]
     Api(ApiError),
     /// No token, or one that is not valid any more.
-    #[error("{api_url} does not accept the token of this project")]
+    #[error("{api_url} does not accept this token")]
     Unauthorized {
         /// Who refused it.
         api_url: ApiUrl,
@@ -43,8 +43,10 @@ pub enum CloudError {
 /// How a connection failed; decides the hint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TransportFailure {
-    /// Nobody listens, or the name is unknown.
+    /// Nobody listens.
     Connect,
+    /// The host's name is unknown.
+    Name,
     /// The certificate is not trusted.
     Certificate,
     /// No answer in time.
@@ -114,6 +116,8 @@ impl CloudError {
         let reason = innermost(error);
         let kind = if reason.contains("certificate") || reason.contains("UnknownIssuer") {
             TransportFailure::Certificate
+        } else if reason.contains("lookup address") || reason.contains("Name or service not known") {
+            TransportFailure::Name
         } else if error.is_timeout() {
             TransportFailure::Timeout
         } else if error.is_connect() {
@@ -128,6 +132,9 @@ impl CloudError {
 impl TransportFailure {
     const fn hint(self) -> &'static str {
         match self {
+            Self::Name => {
+                "Check --api-url. Names outside of `localhost` have to lead to the cloud: by DNS, or by /etc/hosts."
+            }
             Self::Connect => "Is the cloud running? A local one is started with: cargo xtask up",
             Self::Certificate => {
                 "Name the CA of this installation with --ca-file or SYSTEMPROMPT_CA_FILE (a local cloud prints its path)."

@@ -223,7 +223,7 @@ impl fmt::Display for ExitReason {
         match self {
             Self::Code(code) => write!(f, "exited with code {code}"),
             Self::Signal(signal) => write!(f, "ended by signal {signal}{}", signal_name(*signal)),
-            Self::OutOfMemory => f.write_str("out of memory: it needed more than its plan allows"),
+            Self::OutOfMemory => f.write_str("was killed: it needed more memory than its plan allows"),
             Self::SetupFailed(text) => write!(f, "could not be started: {text}"),
             Self::Unknown => f.write_str("ended, and nobody saw how (the host may have been restarted)"),
         }

@@ -16,6 +16,8 @@ const DIRECT: &str = "localhost,127.0.0.0/8,::1";
 pub enum HttpClientError {
     #[error("expected CA certificates in PEM form: {0}")]
     Certificates(#[source] reqwest::Error),
+    #[error("expected CA certificates in PEM form, found none")]
+    NoCertificates,
     #[error("no TLS client could be set up; if the machine has no CA certificates, install `ca-certificates`: {0}")]
     Setup(#[source] reqwest::Error),
 }
@@ -32,6 +34,9 @@ pub enum HttpClientError {
 /// [`HttpClientError`] when the bundle cannot be read or TLS cannot be set up.
 pub fn http_client(extra_ca_pem: &[u8]) -> Result<reqwest::Client, HttpClientError> {
     let extra = reqwest::Certificate::from_pem_bundle(extra_ca_pem).map_err(HttpClientError::Certificates)?;
+    if extra.is_empty() && !extra_ca_pem.is_empty() {
+        return Err(HttpClientError::NoCertificates);
+    }
     match builder().tls_certs_merge(extra.clone()).build() {
         // A machine without any CA certificate can still talk to the one authority it was given.
         Err(_) if !extra.is_empty() => builder().tls_certs_only(extra).build(),

@@ -115,7 +115,7 @@ impl Inner {
             if found.is_some_and(|found| !matches!(found.stage, Stage::Exited(_)) || found.init.is_some()) {
                 let message = format!(
                     "expected one tenant, since without root nothing keeps several apart, and {} runs already: run as \
-                     root, or accept that tenants can read each other's data with --unsafe-shared",
+                     root, or accept that tenants can read each other's data with `management-api serve --unsafe-shared`",
                     key.app
                 );
                 return Err(DriverError::Capacity { scope: CapacityScope::Host, message });

@@ -149,6 +149,8 @@ fn said(
 #[derive(Serialize)]
 struct WhoamiView {
     user_email: Option<String>,
+    /// `operator` or `member`, as the cloud says.
+    role: Option<String>,
     api_url: Option<ApiUrl>,
     token_status: &'static str,
     authenticated_at: Option<DateTime<Utc>>,
@@ -165,6 +167,7 @@ pub(crate) async fn whoami(settings: &Settings, printer: &Printer) -> Result<(),
     let view = match credentials {
         None => WhoamiView {
             user_email: None,
+            role: None,
             api_url: None,
             token_status: "Not logged in",
             authenticated_at: None,
@@ -172,9 +175,11 @@ pub(crate) async fn whoami(settings: &Settings, printer: &Printer) -> Result<(),
             cloud_tenants: None,
         },
         Some(credentials) => {
-            let (token_status, cloud_tenants) = ask(&credentials, settings, printer).await?;
+            let (token_status, me) = ask(&credentials, settings, printer).await?;
+            let cloud_tenants = me.as_ref().map(|me| me.tenants.len());
             WhoamiView {
                 user_email: Some(credentials.user_email),
+                role: me.and_then(|me| me.user.role),
                 api_url: Some(credentials.api_url),
                 token_status,
                 authenticated_at: credentials.authenticated_at,
@@ -185,6 +190,7 @@ pub(crate) async fn whoami(settings: &Settings, printer: &Printer) -> Result<(),
     };
     printer.value(ArtifactType::PresentationCard, &view, |text| {
         text.pair("user", view.user_email.as_ref());
+        text.pair("role", view.role.as_ref());
         text.pair("api", view.api_url.as_ref());
         text.pair("token", Some(view.token_status));
         text.pair("signed in", view.authenticated_at.map(|at| at.format("%F %T UTC")));
@@ -198,15 +204,15 @@ async fn ask(
     credentials: &CloudCredentials,
     settings: &Settings,
     printer: &Printer,
-) -> Result<(&'static str, Option<usize>), CliError> {
+) -> Result<(&'static str, Option<Me>), CliError> {
     let by_itself = match credentials.token_life(Utc::now()) {
         TokenLife::Good => "Valid",
         TokenLife::EndsSoon(_) => "Expires soon",
         TokenLife::Ended(_) => "Expired",
     };
     let (url, token) = (credentials.api_url.clone(), credentials.api_token.clone());
-    match CloudApiClient::new(url, token, http_client(&settings.http)?).tenants().await {
-        Ok(tenants) => Ok((by_itself, Some(tenants.len()))),
+    match CloudApiClient::new(url, token, http_client(&settings.http)?).me().await {
+        Ok(me) => Ok((by_itself, Some(me))),
         Err(CloudError::Unauthorized { .. }) => Ok(("Expired", None)),
         Err(error) => {
             printer.warn(&error.to_string());

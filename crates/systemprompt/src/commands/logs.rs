@@ -33,7 +33,11 @@ pub(crate) async fn logs(request: Request, settings: &Settings, printer: &Printe
     }
     let page = client.logs(tenant, request.lines).await?;
     if page.logs.is_empty() {
-        printer.talk("No lines: no instance has written any yet.");
+        printer.talk(if request.lines == 0 {
+            "No lines, as asked."
+        } else {
+            "No lines: no instance has written any yet."
+        });
     }
     if printer.is_json() {
         return printer.value(ArtifactType::Text, &page, |_| ());

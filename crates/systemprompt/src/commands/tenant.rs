@@ -7,7 +7,7 @@ use crate::{
 };
 use chrono::Utc;
 use serde::Serialize;
-use systemprompt_cloud::{StoredTenant, TenantStore, TenantType};
+use systemprompt_cloud::{StoredTenant, TenantStore, TenantStoreError, TenantType};
 use systemprompt_contract::{OperationId, ReleaseView, TenantSummary};
 
 /// How final a deletion is.
@@ -39,11 +39,19 @@ struct List {
 
 pub(crate) async fn list(settings: &Settings, printer: &Printer) -> Result<(), CliError> {
     let seen = settings.session(printer)?.client.tenants().await?;
-    let path = settings.tenants_path(settings.profile()?.as_ref())?;
-    let store = TenantStore::update(&path, |store| {
+    let profile = settings.profile()?;
+    let sync = |store: &mut TenantStore| {
         store.sync(seen.iter().map(StoredTenant::from), Utc::now());
         store.clone()
-    })?;
+    };
+    let store = match TenantStore::update(&settings.tenants_path(profile.as_ref())?, sync) {
+        // What was fetched is shown all the same.
+        Err(error @ TenantStoreError::File(_)) => {
+            printer.warn(&format!("the list is not kept: {error}"));
+            sync(&mut settings.tenants(profile.as_ref())?)
+        }
+        updated => updated?,
+    };
     let tenants: Vec<_> = store.tenants.iter().map(|tenant| row(tenant, &store, &seen)).collect();
     let list = List { total: tenants.len(), tenants };
     printer.value(ArtifactType::Table, &list, |text| {

@@ -115,6 +115,9 @@ async fn checkout(
 /// A call that fails does not end the checkout.
 fn unfinished(error: CheckoutError, begun: Option<CheckoutId>) -> CliError {
     match (&error, begun) {
+        (CheckoutError::Cloud(cloud), Some(_)) if cloud.is_not_found() => {
+            CliError::from(error).hint("Start another one: systemprompt cloud tenant create")
+        }
         (CheckoutError::Cloud(_), Some(id)) => CliError::from(error).hint_before(&go_on(id)),
         _ => error.into(),
     }

@@ -149,7 +149,8 @@ impl Printer {
         for line in &failure.details {
             let _ = writeln!(stderr, "  | {}", escaped(line));
         }
-        let _ = writeln!(stderr, "{}: {}", "error".red().bold(), escaped(&failure.message));
+        let error = format!("error[{}]", failure.code);
+        let _ = writeln!(stderr, "{}: {}", error.red().bold(), escaped(&failure.message));
         if let Some(hint) = &failure.hint {
             let _ = writeln!(stderr, "{}: {}", "hint".cyan().bold(), escaped(hint));
         }

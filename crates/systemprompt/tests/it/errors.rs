@@ -9,18 +9,18 @@ use serde_json::json;
 fn nobody_is_signed_in() {
     let cloud = Cloud::start();
     let cli = Cli::new(&cloud);
-    assert_snapshot!(cli.run(&["cloud", "tenant", "list"]).shown(), @r"
+    assert_snapshot!(cli.run(&["cloud", "tenant", "list"]).shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: not signed in: there is no [PROJECT]/.systemprompt/credentials.json
+    error[not_signed_in]: not signed in: there is no [PROJECT]/.systemprompt/credentials.json
     hint: Sign in: systemprompt cloud auth login
     ");
-    assert_snapshot!(cli.run(&["cloud", "auth", "login"]).shown(), @r"
+    assert_snapshot!(cli.run(&["cloud", "auth", "login"]).shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: there is no terminal, so no browser can be used
+    error[not_interactive]: there is no terminal, so no browser can be used
     hint: Pipe a token: systemprompt cloud auth login --token - < FILE, or print the address: --no-browser
     ");
     // To this cloud and to no other.
@@ -35,11 +35,11 @@ fn nobody_is_signed_in() {
         let ended = cli.run(&[arguments, &["--api-url", &cloud.url]].concat());
         assert!(ended.stderr.contains(next), "{arguments:?}: {}", ended.stderr);
     }
-    assert_snapshot!(cli.run(&["cloud", "deploy"]).shown(), @r"
+    assert_snapshot!(cli.run(&["cloud", "deploy"]).shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: this project has no profile
+    error[no_profile]: this project has no profile
     hint: Write .systemprompt/profiles/production/profile.yaml; examples/hello has one to start from.
     ");
     assert!(cloud.calls().is_empty());
@@ -51,20 +51,20 @@ fn a_token_that_is_cut_or_on_the_command_line() {
     let cloud = Cloud::start();
     let cli = Cli::new(&cloud);
     let token = crate::cli::api_token();
-    assert_snapshot!(cli.run_with(&["cloud", "auth", "login", "--token", "-"], &token[..token.len() - 1]).shown(), @r"
+    assert_snapshot!(cli.run_with(&["cloud", "auth", "login", "--token", "-"], &token[..token.len() - 1]).shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: expected one whole token on standard input, sp_live_ and its three parts
+    error[invalid_token]: expected one whole token on standard input, sp_live_ and its three parts
     hint: Was it cut when it was copied?
     ");
     let seen = cli.run(&["cloud", "auth", "login", "--token", &token]);
     assert!(!seen.shown().contains(&token));
-    assert_snapshot!(seen.shown(), @r"
+    assert_snapshot!(seen.shown(), @"
     exit 2
     ----- stdout
     ----- stderr
-    error: a token as an argument can be seen by other users of this machine
+    error[usage]: a token as an argument can be seen by other users of this machine
     hint: Pipe it: systemprompt cloud auth login --token - < FILE
     ");
 }
@@ -87,7 +87,7 @@ fn the_token_is_shown_to_its_own_cloud_only() {
     let cli = Cli::signed_in(&cloud);
     let ended = cli.run(&["cloud", "tenant", "list", "--api-url", &other.url]);
     assert_eq!(ended.code, Some(1));
-    assert!(ended.stderr.contains("error: the token in this project is for https://API, not for"), "{}", ended.stderr);
+    assert!(ended.stderr.contains(": the token in this project is for https://API, not for"), "{}", ended.stderr);
     assert!(other.calls().is_empty(), "not even a connection with a token");
     let clear = cli.run(&["cloud", "tenant", "list", "--api-url", "http://api.systemprompt.io"]);
     assert_eq!(clear.code, Some(2));
@@ -109,37 +109,37 @@ fn the_cloud_refuses_or_is_away() {
         cli.write(".systemprompt/credentials.json", &text);
         (cli.run(&["cloud", "tenant", "show", TENANT]), cloud)
     };
-    assert_snapshot!(refusing(409, refusal).0.shown(), @r"
+    assert_snapshot!(refusing(409, refusal).0.shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: another deploy runs
+    error[operation_in_progress]: another deploy runs
     hint: wait for it
     request: 22222222-2222-4222-8222-222222222222
     ");
-    assert_snapshot!(refusing(401, json!({})).0.shown(), @r"
+    assert_snapshot!(refusing(401, json!({})).0.shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: https://API does not accept the token of this project
+    error[unauthorized]: https://API does not accept this token
     hint: Sign in again: systemprompt cloud auth login --api-url https://API
     ");
     assert_snapshot!(refusing(502, json!("a proxy")).0.shown(), @r#"
     exit 1
     ----- stdout
     ----- stderr
-    error: https://API answered 502 with something that is not from the Management API: "a proxy"
+    error[unexpected_answer]: https://API answered 502 with something that is not from the Management API: "a proxy"
     hint: Check --api-url; a proxy may have answered in its place.
     "#);
     let absent = Cloud::absent();
     let gone = Cli::new(&absent);
     let text = cli.read(".systemprompt/credentials.json").replace(&busy.url, &absent.url);
     gone.write(".systemprompt/credentials.json", &text);
-    assert_snapshot!(gone.run(&["cloud", "tenant", "show", TENANT]).shown(), @r"
+    assert_snapshot!(gone.run(&["cloud", "tenant", "show", TENANT]).shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: cannot reach https://API: Connection refused (os error 111)
+    error[unreachable]: cannot reach https://API: Connection refused (os error 111)
     hint: Is the cloud running? A local one is started with: cargo xtask up
     ");
 }
@@ -148,17 +148,17 @@ fn the_cloud_refuses_or_is_away() {
 fn arguments_and_profiles() {
     let cloud = Cloud::with(Manner { many_plans: true, ..Manner::default() });
     let cli = Cli::signed_in(&cloud);
-    assert_snapshot!(cli.run(&["cloud", "tenant", "create"]).shown(), @r"
+    assert_snapshot!(cli.run(&["cloud", "tenant", "create"]).shown(), @"
     exit 2
     ----- stdout
     ----- stderr
-    error: there are several plans; name one with --plan: small, large
+    error[usage]: there are several plans; name one with --plan: small, large
     ");
     assert_snapshot!(cli.run(&["cloud", "tenant", "create", "--plan", "huge"]).shown(), @r#"
     exit 1
     ----- stdout
     ----- stderr
-    error: there is no plan "huge"; there are: small, large
+    error[no_such_plan]: there is no plan "huge"; there are: small, large
     "#);
     assert_snapshot!(cli.run(&["cloud", "tenant", "create", "--region", "moon"]).shown(), @r#"
     exit 2
@@ -172,20 +172,20 @@ fn arguments_and_profiles() {
     exit 1
     ----- stdout
     ----- stderr
-    error: expected the id of a tenant in the cloud, a UUID, got "../x"
+    error[not_a_cloud_tenant]: expected the id of a tenant in the cloud, a UUID, got "../x"
     hint: List them: systemprompt cloud tenant list
     "#);
     assert_snapshot!(cli.run(&["cloud", "deploy", "--profile", "nope"]).shown(), @r#"
     exit 1
     ----- stdout
     ----- stderr
-    error: there is no profile "nope" in [PROJECT]/.systemprompt/profiles; there are: production
+    error[profile_not_found]: there is no profile "nope" in [PROJECT]/.systemprompt/profiles; there are: production
     "#);
-    assert_snapshot!(cli.run(&["cloud", "tenant", "list", "--ca-file", "/no/such.pem"]).shown(), @r"
+    assert_snapshot!(cli.run(&["cloud", "tenant", "list", "--ca-file", "/no/such.pem"]).shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: cannot read the CA file /no/such.pem: No such file or directory (os error 2)
+    error[no_http_client]: cannot read the CA file /no/such.pem: No such file or directory (os error 2)
     hint: Check --ca-file and SYSTEMPROMPT_CA_FILE.
     ");
     cli.write(".systemprompt/profiles/local/profile.yaml", "name: local\n");
@@ -193,15 +193,15 @@ fn arguments_and_profiles() {
     exit 1
     ----- stdout
     ----- stderr
-    error: the profile "local" has the target local; a deploy needs one with `target: cloud`
+    error[local_profile]: the profile "local" has the target local; a deploy needs one with `target: cloud`
     hint: Name another with --profile: local, production
     "#);
     cli.write(".systemprompt/profiles/local/profile.yaml", "name: local\ntarget: cloud\n");
-    assert_snapshot!(cli.run(&["cloud", "deploy"]).shown(), @r"
+    assert_snapshot!(cli.run(&["cloud", "deploy"]).shown(), @"
     exit 2
     ----- stdout
     ----- stderr
-    error: there are several profiles; name one with --profile: local, production
+    error[usage]: there are several profiles; name one with --profile: local, production
     ");
     cli.write(".systemprompt/profiles/local/profile.yaml", "name: [\n");
     let broken = cli.run(&["cloud", "deploy", "--profile", "local"]);
@@ -219,21 +219,21 @@ fn files_that_are_not_private() {
     cli.write(".systemprompt/credentials.json", "{\"api_token\":\"hunter2\"");
     let ended = cli.run(&["cloud", "tenant", "list"]);
     assert!(!ended.shown().contains("hunter2"));
-    assert_snapshot!(ended.shown(), @r"
+    assert_snapshot!(ended.shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: [PROJECT]/.systemprompt/credentials.json is not a credentials file: line 1, column 22 is not as expected
+    error[invalid_credentials_file]: [PROJECT]/.systemprompt/credentials.json is not a credentials file: line 1, column 22 is not as expected
     hint: Remove [PROJECT]/.systemprompt/credentials.json and sign in: systemprompt cloud auth login
     ");
     std::fs::remove_file(cli.home.path().join(".systemprompt/credentials.json")).expect("removed");
     std::os::unix::fs::symlink("/etc/hostname", cli.home.path().join(".systemprompt/credentials.json"))
         .expect("linked");
-    assert_snapshot!(cli.run(&["cloud", "tenant", "list"]).shown(), @r"
+    assert_snapshot!(cli.run(&["cloud", "tenant", "list"]).shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: [PROJECT]/.systemprompt/credentials.json is a symbolic link; secrets are kept in plain files only: remove the link
+    error[file]: [PROJECT]/.systemprompt/credentials.json is a symbolic link; secrets are kept in plain files only: remove the link
     ");
     let profile = "name: production\ntarget: cloud\ncloud:\n  tenants_path: ../../../../outside.json\n";
     cli.write(".systemprompt/profiles/production/profile.yaml", profile);
@@ -253,6 +253,6 @@ fn a_password_in_a_url_does_not_come_back() {
     exit 2
     ----- stdout
     ----- stderr
-    error: --api-url: expected an API URL such as https://api.systemprompt.io, without a user name, got "…@x.example"
+    error[usage]: --api-url: expected an API URL such as https://api.systemprompt.io, without a user name, got "…@x.example"
     "#);
 }

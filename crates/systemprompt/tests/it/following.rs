@@ -59,6 +59,6 @@ fn ctrl_c_during_a_deploy_says_that_it_goes_on() {
     let mut rest = String::new();
     stderr.read_to_string(&mut rest).expect("text");
     assert_eq!(child.wait().expect("ended").code(), Some(130));
-    assert!(rest.contains("error: stopped watching; the deploy goes on in the cloud\n"), "{rest}");
+    assert!(rest.contains("error[interrupted]: stopped watching; the deploy goes on in the cloud\n"), "{rest}");
     assert!(rest.ends_with("hint: See how it ends: systemprompt cloud status, systemprompt cloud logs\n"), "{rest}");
 }

@@ -63,11 +63,11 @@ fn signing_in_and_out() {
     tenants:     1
     ----- stderr
     ");
-    assert_snapshot!(cli.run(&["cloud", "auth", "logout"]).shown(), @r"
+    assert_snapshot!(cli.run(&["cloud", "auth", "logout"]).shown(), @"
     exit 2
     ----- stdout
     ----- stderr
-    error: there is no terminal to ask at, and this cannot be taken back: say --yes
+    error[usage]: there is no terminal to ask at, and this cannot be taken back: say --yes
     ");
     assert_snapshot!(cli.run(&["cloud", "auth", "logout", "--yes"]).shown(), @r"
     exit 0
@@ -144,11 +144,11 @@ fn tenants() {
     live since:  2026-01-01 00:00:00 UTC
     ----- stderr
     ");
-    assert_snapshot!(cli.run(&["cloud", "tenant", "delete"]).shown(), @r"
+    assert_snapshot!(cli.run(&["cloud", "tenant", "delete"]).shown(), @"
     exit 2
     ----- stdout
     ----- stderr
-    error: there is no terminal to ask at, and this cannot be taken back: say --yes
+    error[usage]: there is no terminal to ask at, and this cannot be taken back: say --yes
     ");
     assert_snapshot!(cli.run(&["cloud", "tenant", "delete", "--yes", "--purge"]).shown(), @r"
     exit 0
@@ -238,11 +238,11 @@ fn deploying() {
         cli.write("ca.pem", "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n");
         cli.run(&[&["cloud", "deploy", "--binary", "/bin/true"], more].concat())
     };
-    assert_snapshot!(deploy(&[]).shown(), @r"
+    assert_snapshot!(deploy(&[]).shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: no tenant is named: not by --tenant, not by the profile, and none is selected
+    error[no_tenant]: no tenant is named: not by --tenant, not by the profile, and none is selected
     hint: Buy one: systemprompt cloud tenant create, or choose one: systemprompt cloud tenant select ID
     ");
     cli.run(&["cloud", "tenant", "select", TENANT]);
@@ -279,12 +279,12 @@ fn deploying() {
     assert!(deploy(&[]).stderr.contains(told));
     // What a deploy would refuse, a dry run refuses too.
     cli.write("services/config.yaml", &crate::cli::api_token());
-    assert_snapshot!(deploy(&["--dry-run"]).shown(), @r"
+    assert_snapshot!(deploy(&["--dry-run"]).shown(), @"
     exit 1
     ----- stdout
     ----- stderr
-    error: secrets must not be in an image: services/config.yaml:1: SystemPrompt token; remove them, or allow a file by name
-    hint: Move secrets to the environment of the tenant, or allow one file: --allow-secret PATH
+    error[secrets_in_image]: secrets must not be in an image: services/config.yaml:1: SystemPrompt token; remove them, or allow a file by name
+    hint: Take it out of the project, or allow one file: --allow-secret PATH
     ");
 }
 
@@ -293,12 +293,12 @@ fn a_deploy_that_fails_tells_the_last_words_first() {
     let cloud = Cloud::with(Manner { deploy_ends: Some("failed"), ..Manner::default() });
     let cli = Cli::signed_in(&cloud);
     let ended = cli.run(&["cloud", "deploy", "--binary", "/bin/true", "--tenant", TENANT, "-q"]);
-    assert_snapshot!(ended.shown(), @r"
+    assert_snapshot!(ended.shown(), @"
     exit 1
     ----- stdout
     ----- stderr
       | shop
-    error: shop
+    error[app_crashed]: shop
     hint: shop
     ");
 }

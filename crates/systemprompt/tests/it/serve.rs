@@ -19,7 +19,7 @@ fn an_incomplete_environment_is_told_as_a_whole() {
     let stderr = String::from_utf8(ended.stderr).expect("text");
     assert_eq!(
         stderr,
-        "error: the environment is not complete: PORT must be a number from 0 to 65535; WEB_DIR is missing; \
+        "error[invalid_environment]: the environment is not complete: PORT must be a number from 0 to 65535; WEB_DIR is missing; \
          SYSTEMPROMPT_SERVICES_PATH is missing; DATABASE_URL is missing\n"
     );
     assert_eq!(ended.stdout, b"");
