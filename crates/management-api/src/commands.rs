@@ -8,7 +8,7 @@ use crate::{
     http,
     identity::{self, NewAccount, Role},
     installation::{
-        Clusters, existing_data, lock_data, open_control_database, open_data, open_stopping_driver,
+        Clusters, existing_data, lock_data, open_control_database, open_data, open_seal, open_stopping_driver,
         refuse_absent_instances, start_cluster, take_down,
     },
     seal::Sealer,
@@ -16,7 +16,8 @@ use crate::{
 };
 use anyhow::Context as _;
 use std::{io::IsTerminal as _, path::Path, process::ExitCode, sync::Arc, time::Duration};
-use systemprompt_postgres::Access;
+use systemprompt_postgres::{Access, Cluster, StopMode};
+use systemprompt_workflow::Db;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -142,11 +143,36 @@ async fn create_account(arguments: &AccountArguments) -> anyhow::Result<()> {
         role: if arguments.operator { Role::Operator } else { Role::Member },
     };
     let layout = open_data(&arguments.data.data)?;
-    let control = start_cluster(&layout, "control", Access::ControlPlane).await?;
-    let db = open_control_database(&control).await?;
-    let signed_in = identity::create_signed_in(&db, new).await?;
+    open_seal(&layout)?;
+    let signed_in = with_control_database(&layout, async |db| Ok(identity::create_signed_in(&db, new).await?)).await?;
     println!("{}", serde_json::to_string(&signed_in)?);
     Ok(())
+}
+
+/// Starts the control plane's cluster if it does not run, and then stops it again, so that nothing is left of a command
+/// beside what it was to do.
+async fn with_control_database<T>(
+    layout: &Layout,
+    run: impl AsyncFnOnce(Db) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    // Against a `serve` that starts meanwhile and takes the cluster over; one that runs already has the lock itself.
+    let alone = lock_data(layout);
+    let running = match Cluster::existing("control", &layout.cluster("control")).await? {
+        Some(control) => control.is_alive().await,
+        None => false,
+    };
+    let control = start_cluster(layout, "control", Access::ControlPlane).await?;
+    let outcome = async {
+        let db = open_control_database(&control).await?;
+        let outcome = run(db.clone()).await;
+        db.pool().close().await;
+        outcome
+    };
+    let outcome = outcome.await;
+    if alone.is_ok() && !running {
+        control.stop(StopMode::Fast).await?;
+    }
+    outcome
 }
 
 /// The way back in when every token has ended, was revoked or never arrived.
@@ -158,9 +184,7 @@ async fn print_token(arguments: &DataArguments) -> anyhow::Result<()> {
         arguments.data.display()
     );
     let layout = open_data(&arguments.data)?;
-    let control = start_cluster(&layout, "control", Access::ControlPlane).await?;
-    let db = open_control_database(&control).await?;
-    let signed_in = identity::sign_in_operator(&db).await?;
+    let signed_in = with_control_database(&layout, async |db| Ok(identity::sign_in_operator(&db).await?)).await?;
     let signed_in =
         signed_in.context("there is no operator yet: make one with `management-api create-account --operator`")?;
     println!("{}", serde_json::to_string(&signed_in)?);

@@ -3,7 +3,7 @@
 use crate::{
     config::{LAUNCHER, Layout},
     images::RegistryImages,
-    seal::Sealer,
+    seal::{MasterKeyError, Sealer},
     tenants::databases::SANDBOX_SOCKET_DIR,
 };
 use anyhow::Context as _;
@@ -225,6 +225,13 @@ pub(crate) fn open_driver(
         ..ProcessConfig::new(layout.compute(), launcher, Arc::new(RegistryImages::new(registry.clone())))
     };
     ProcessDriver::open(config).context("opening the process driver")
+}
+
+/// The master key. A new one is made only where there is nothing yet: what another has sealed would be lost for good,
+/// and nobody would be told.
+pub(crate) fn open_seal(layout: &Layout) -> Result<Sealer, MasterKeyError> {
+    let path = layout.seal_key();
+    if layout.cluster("control").exists() { Sealer::load(&path) } else { Sealer::load_or_create(&path) }
 }
 
 /// For an edge, before it serves from a snapshot: what that names need not run.

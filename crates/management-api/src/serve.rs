@@ -10,7 +10,8 @@ use crate::{
     identity::{self, Limits},
     installation::{
         CONTROL_DATABASE, Clusters, bind_socket, lock_data, open_control_database, open_data, open_driver,
-        open_registry, open_stopping_driver, platform_socket, refuse_absent_instances, registry_key, take_down,
+        open_registry, open_seal, open_stopping_driver, platform_socket, refuse_absent_instances, registry_key,
+        take_down,
     },
     reconcile,
     seal::Sealer,
@@ -50,7 +51,7 @@ pub(crate) async fn serve(arguments: ServeArguments) -> anyhow::Result<()> {
     let asked = asked_to_stop()?;
     let layout = open_data(&arguments.edge.data.data)?;
     let _lock = lock_data(&layout)?;
-    let seal = Arc::new(Sealer::load_or_create(&layout.seal_key())?);
+    let seal = Arc::new(open_seal(&layout)?);
     let certificate_file = CertificateFile::new(layout.edge_certificates(), seal.clone());
     let ca = Arc::new(LocalCa::load_or_create(&layout.ca(), &arguments.edge.zone, certificate_file.clone())?);
     let platform = platform_socket(&layout);

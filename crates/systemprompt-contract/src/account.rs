@@ -25,6 +25,9 @@ pub struct MeUser {
     pub email: String,
     /// Display name.
     pub name: Option<String>,
+    /// `operator` or `member`; the existing client knows none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role: Option<String>,
 }
 
 /// A tenant as `/auth/me` lists it.

@@ -23,6 +23,7 @@ pub struct Plan {
 
 /// `POST /checkout`. The existing client sends the first three fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CheckoutRequest {
     /// `paddle_price_id` of a plan.
     pub price_id: String,

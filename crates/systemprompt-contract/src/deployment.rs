@@ -20,12 +20,14 @@ pub struct RegistryToken {
     pub tag: String,
 }
 
-/// `POST /tenants/{id}/deploy`. The existing client sends `image` only.
+/// `POST /tenants/{id}/deploy`. The existing client sends `image` only. A field of a later version is refused: what
+/// it asks for must not seem done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DeployRequest {
     /// The exact image name.
     pub image: String,
-    /// `sha256:…` that was pushed; without it the tag's digest is read in the same transaction.
+    /// `sha256:…` that was pushed; without it the digest that the tag has when the call comes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
 }

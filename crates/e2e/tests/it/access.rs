@@ -188,7 +188,7 @@ async fn what_changes_something_can_be_asked_twice_under_one_key() -> anyhow::Re
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unknown_words_of_a_query_are_refused() -> anyhow::Result<()> {
+async fn unknown_words_are_refused() -> anyhow::Result<()> {
     let stack = Stack::start().await?;
     let tenant = stack.buy("worded").await?;
     for (method, path) in [
@@ -197,6 +197,17 @@ async fn unknown_words_of_a_query_are_refused() -> anyhow::Result<()> {
         (Method::DELETE, paths::tenant(tenant.id, "")),
     ] {
         let request = stack.client().request(method, format!("{}{path}?colour=red", stack.api_url()));
+        let answer = request.bearer_auth(stack.token().expose()).send().await?;
+        let body: serde_json::Value = answer.json().await?;
+        ensure!(body["error"]["code"] == "unknown_field", "{path}: {body}");
+    }
+    // Nor does a body's word that nobody knows pass for done.
+    for (path, mut body) in [
+        (paths::CHECKOUT.to_owned(), serde_json::json!({ "price_id": "pri_standard", "region": "iad" })),
+        (paths::tenant(tenant.id, "/deploy"), serde_json::json!({ "image": "x" })),
+    ] {
+        body["env"] = serde_json::json!({ "COLOUR": "red" });
+        let request = stack.client().post(format!("{}{path}", stack.api_url())).json(&body);
         let answer = request.bearer_auth(stack.token().expose()).send().await?;
         let body: serde_json::Value = answer.json().await?;
         ensure!(body["error"]["code"] == "unknown_field", "{path}: {body}");

@@ -38,11 +38,14 @@ async fn an_edge_alone_serves_from_its_snapshot_with_everything_else_dead() -> a
     let refused = ip(&["route", "show", "type", "unreachable"]).await?;
     ensure!(refused.contains(&metric), "what is meant for an instance that does not run may leave the machine");
 
-    let snapshot = stack.data().join("edge/snapshot.sealed");
-    let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&snapshot)?.permissions()) & 0o777;
-    ensure!(mode == 0o600, "{mode:o}");
-    let sealed = fs::read(&snapshot)?;
-    ensure!(!sealed.windows(11).any(|bytes| bytes == b"PRIVATE KEY"), "the key is sealed");
+    let (host, key) = (tenant.id.slug().to_string(), "PRIVATE KEY".to_owned());
+    for (name, secret) in [("edge/snapshot.sealed", host), ("ca/edge.sealed", key)] {
+        let path = stack.data().join(name);
+        let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path)?.permissions()) & 0o777;
+        ensure!(mode == 0o600, "{name}: {mode:o}");
+        let sealed = fs::read(&path)?;
+        ensure!(!sealed.windows(secret.len()).any(|bytes| bytes == secret.as_bytes()), "{name} shows {secret}");
+    }
     Ok(())
 }
 

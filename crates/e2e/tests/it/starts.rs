@@ -84,3 +84,30 @@ async fn a_start_that_cannot_stop_instances_leaves_them_their_database() -> anyh
     .await
     .context(last)
 }
+
+/// What was sealed with it cannot be opened with another.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_master_key_is_said_and_not_replaced() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    stack.terminate()?;
+    let (key, away) = (stack.data().join("keys/seal.key"), stack.data().join("keys/away"));
+    fs::rename(&key, &away)?;
+    let error = failing(&mut stack);
+    ensure!(!key.exists(), "a new key was made");
+    fs::rename(&away, &key)?;
+    let error = error?;
+    ensure!(error.contains("seal.key: put the file back"), "{error}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_beside_a_stopped_cloud_leaves_no_server() -> anyhow::Result<()> {
+    let mut stack = Stack::start().await?;
+    stack.create_member("early@systemprompt.localhost")?;
+    ensure!(stack.cluster_runs("control"), "a running cloud keeps its server");
+    stack.terminate()?;
+    stack.stop_what_is_left()?;
+    stack.create_member("late@systemprompt.localhost")?;
+    ensure!(!stack.cluster_runs("control"), "the server still runs");
+    Ok(())
+}

@@ -41,6 +41,11 @@ pub(crate) enum CaError {
         "{path} is damaged ({what}): put the right file back, or remove it to make a new CA, which everybody must trust anew"
     )]
     Damaged { path: PathBuf, what: &'static str },
+    #[error(
+        "this data is for the zone {is}, not for {asked}: start with --zone {is}, or give another place for the data \
+         with --data"
+    )]
+    OtherZone { is: String, asked: Zone },
     #[error("the edge's certificate")]
     Edge(#[from] CertificateFileError),
     #[error("a certificate could not be made")]
@@ -58,11 +63,12 @@ pub(crate) struct LocalCa {
 }
 
 impl LocalCa {
-    /// Reads the CA in `directory`, or makes one for `zone`; what it issues to the edge goes to `edge`. A CA of another zone, or one that ends before a new
-    /// certificate would, is replaced and the log says that the new one must be trusted.
+    /// Reads the CA in `directory`, or makes one for `zone`; what it issues to the edge goes to `edge`. A CA that ends
+    /// before a new certificate would is replaced, and the log says that the new one must be trusted.
     ///
     /// # Errors
     /// When its key can be read by others or the file is damaged: it is never replaced then, since people trust it.
+    /// When it is for another zone: every route, link and image name is of that zone too.
     pub(crate) fn load_or_create(directory: &Path, zone: &Zone, edge: CertificateFile) -> Result<Self, CaError> {
         Self::at(directory, zone, edge, Utc::now())
     }
@@ -70,13 +76,20 @@ impl LocalCa {
     fn at(directory: &Path, zone: &Zone, edge: CertificateFile, now: DateTime<Utc>) -> Result<Self, CaError> {
         private_file::create_directory(directory)?;
         let key_file = directory.join("ca-key.pem");
-        let authority = match Pair::read(&key_file)? {
-            Some(pair) if is_good_authority(&pair.facts(&key_file)?, zone, now) => pair,
+        let found = Pair::read(&key_file)?.map(|pair| pair.facts(&key_file).map(|facts| (pair, facts))).transpose()?;
+        if let Some((_, facts)) = &found
+            && !facts.has_names(permitted_names(zone))
+        {
+            let is = facts.names.iter().find(|name| *name != LOCALHOST).cloned().unwrap_or_default();
+            return Err(CaError::OtherZone { is, asked: zone.clone() });
+        }
+        let authority = match found {
+            Some((pair, facts)) if facts.ends - now > TimeDelta::days(LEAF_DAYS) => pair,
             found => {
                 let pair = make_authority(zone, now)?;
                 private_file::write(&key_file, pair.file_content().expose().as_bytes())?;
                 if found.is_some() {
-                    tracing::warn!(%zone, "the local CA was for another zone or ends soon; trust the new ca.pem");
+                    tracing::warn!(%zone, "the local CA would have ended soon; trust the new ca.pem");
                 }
                 pair
             }
@@ -299,10 +312,6 @@ fn dns_name(name: &GeneralName<'_>) -> Option<String> {
         GeneralName::DNSName(name) => Some((*name).to_owned()),
         _ => None,
     }
-}
-
-fn is_good_authority(facts: &Facts, zone: &Zone, now: DateTime<Utc>) -> bool {
-    facts.has_names(permitted_names(zone)) && facts.ends - now > TimeDelta::days(LEAF_DAYS)
 }
 
 fn is_good_leaf(facts: &Facts, zone: &Zone, now: DateTime<Utc>) -> bool {

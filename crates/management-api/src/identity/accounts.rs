@@ -13,6 +13,15 @@ pub(crate) enum Role {
     Member,
 }
 
+impl Role {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Operator => "operator",
+            Self::Member => "member",
+        }
+    }
+}
+
 /// An account as others may see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Account {
@@ -24,7 +33,7 @@ pub(crate) struct Account {
 
 impl Account {
     pub(crate) fn into_user(self) -> MeUser {
-        MeUser { id: self.id, email: self.email, name: self.name }
+        MeUser { id: self.id, email: self.email, name: self.name, role: Some(self.role.word().to_owned()) }
     }
 }
 

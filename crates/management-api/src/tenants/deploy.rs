@@ -149,12 +149,7 @@ async fn launched(cx: &Cx, mut state: Progress, instance: InstanceHandle) -> Out
     let mut tx = cx.db.begin().await?;
     store::set_instance(&mut tx, cx.input.deployment, Some(instance.as_str())).await?;
     state.instance = Some(instance);
-    Ok(told(
-        cx,
-        Completion::in_tx(state, tx),
-        DeploymentStep::Launch,
-        "Started the new release beside the old one.".to_owned(),
-    ))
+    Ok(told(cx, Completion::in_tx(state, tx), DeploymentStep::Launch, "Started the new release.".to_owned()))
 }
 
 async fn undo_launch(cx: Cx, mut state: Progress) -> Outcome {

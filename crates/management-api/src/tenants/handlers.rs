@@ -143,7 +143,8 @@ async fn status(
     let live = store::live_deployment(app.db.pool(), tenant.id).await?;
     let crashes = live.as_ref().filter(|live| live.restarts > 0).map(|live| {
         let exit = live.last_exit.as_deref().unwrap_or("unknown");
-        format!("The app was restarted {} times since it went live; the last time it {exit}.", live.restarts)
+        let times = if live.restarts == 1 { "once".to_owned() } else { format!("{} times", live.restarts) };
+        format!("The app was restarted {times} since it went live; the last time it {exit}.")
     });
     let data = TenantStatusView {
         status: tenant.status().as_str().to_owned(),

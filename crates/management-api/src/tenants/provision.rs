@@ -17,13 +17,14 @@ use super::{
 use crate::app::Infrastructure;
 use serde::{Deserialize, Serialize};
 use sqlx::PgTransaction;
+use std::time::Duration;
 use systemprompt_compute::{AppHandle, AppSpec, DriverError, Next};
 use systemprompt_contract::{
     ApiError, CheckoutId, ErrorCode, Event, ProvisioningEvent, ProvisioningEventType, Subject, TenantId, TenantName,
     TenantPhase, TenantStatus,
 };
 use systemprompt_edge::{Route, Why};
-use systemprompt_workflow::{Completion, Probe, Step, StepContext, StepError, Workflow};
+use systemprompt_workflow::{Completion, Probe, Retry, Step, StepContext, StepError, Workflow};
 
 /// What to provision; everything else stands in the tenant's row.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -40,6 +41,10 @@ pub(crate) struct Nothing {}
 type Cx = StepContext<ProvisionTenant>;
 type Outcome = Result<Completion<Nothing>, StepError>;
 
+/// About an hour: it is paid for, and a full disk or a lost server is mended by whoever runs the host.
+const PAID: Retry =
+    Retry { attempts: 720, first: Duration::from_millis(200), max: Duration::from_secs(5), jitter: 0.3 };
+
 impl Workflow for ProvisionTenant {
     const NAME: &'static str = "provision_tenant";
     type Context = Infrastructure;
@@ -49,8 +54,8 @@ impl Workflow for ProvisionTenant {
         vec![
             Step::new("reserve", reserve).undo(undo_reserve),
             Step::new("secrets", make_secrets).undo(undo_secrets),
-            Step::new("app", make_app).undo(undo_app),
-            Step::new("database", make_database).probe(find_database).undo(undo_database),
+            Step::new("app", make_app).retry(PAID).undo(undo_app),
+            Step::new("database", make_database).retry(PAID).probe(find_database).undo(undo_database),
             Step::new("route", publish_route).undo(undo_route),
             Step::new("ready", ready).no_undo("the last step: it happened or it did not"),
         ]
@@ -121,7 +126,7 @@ async fn undo_secrets(cx: Cx, state: Nothing) -> Outcome {
 
 async fn make_app(cx: Cx, state: Nothing) -> Outcome {
     let tenant = store::tenant(cx.db.pool(), cx.input.tenant).await?.ok_or_else(gone)?;
-    let handle = app_of(&cx.app, &tenant).await.map_err(driver_error)?;
+    let handle = app_of(&cx.app, &tenant).await.map_err(until_there_is_room)?;
     let mut tx = cx.db.begin().await?;
     store::set_app_handle(&mut tx, tenant.id, Some(handle.as_str())).await?;
     Ok(Completion::in_tx(state, tx))
@@ -279,8 +284,9 @@ fn event(cx: &Cx, event_type: ProvisioningEventType, message: &str, checkout: Op
 pub(super) fn driver_error(error: DriverError) -> StepError {
     match (error.next(), &error) {
         (Next::Retry, _) => StepError::Transient(error.to_string()),
-        (_, DriverError::Capacity { .. }) => {
-            StepError::Permanent(ApiError::new(ErrorCode::CapacityExhausted, error.to_string()))
+        (_, DriverError::Capacity { scope, .. }) => {
+            tracing::error!(%error, "there is no room for a tenant");
+            StepError::Permanent(ApiError::new(ErrorCode::CapacityExhausted, format!("the {scope} has no room left")))
         }
         // What a driver refuses for good is the image: it cannot be unpacked or has nothing to run.
         (_, DriverError::Rejected(_)) => {
@@ -288,6 +294,10 @@ pub(super) fn driver_error(error: DriverError) -> StepError {
         }
         _ => StepError::Permanent(ApiError::new(ErrorCode::Internal, error.to_string())),
     }
+}
+
+fn until_there_is_room(error: DriverError) -> StepError {
+    if matches!(error, DriverError::Capacity { .. }) { again(error) } else { driver_error(error) }
 }
 
 /// For undos, for what only goes forward and for the tenants' cluster, which may be restarting: whatever went wrong, the

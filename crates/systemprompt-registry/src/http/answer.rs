@@ -89,6 +89,7 @@ impl Refusal {
         Self::new(StatusCode::REQUEST_TIMEOUT, "MANIFEST_INVALID", "the manifest did not come within a minute")
     }
     fn disk_full() -> Self {
+        tracing::error!("the registry's disk is full: a push was refused");
         let message = "the registry's disk is full; what was stored before is intact; try again when there is room";
         Self::new(StatusCode::INSUFFICIENT_STORAGE, "INSUFFICIENT_STORAGE", message)
     }
