@@ -284,6 +284,8 @@ pub enum LogStart {
 pub struct LogEntry {
     /// Byte offset after the line: [`LogStart::After`] of it is the next line.
     pub cursor: u64,
+    /// When it was written, to a second or so; none when that is not known.
+    pub written: Option<DateTime<Utc>>,
     /// The line without its line feed; invalid UTF-8 replaced. Longer lines come in pieces of 64 KiB.
     pub text: String,
 }

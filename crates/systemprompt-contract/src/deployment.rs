@@ -62,7 +62,7 @@ pub enum LogStream {
 pub struct LogLine {
     /// Which deployment's instance.
     pub deployment_id: DeploymentId,
-    /// When it was read (the app's own time stamp, if any, is in the text).
+    /// When it was written, to a second or so; when it was read, where that is not known.
     pub timestamp: DateTime<Utc>,
     /// From where.
     pub stream: LogStream,

@@ -216,7 +216,7 @@ impl Follower<'_> {
 fn line(deployment_id: DeploymentId, entry: LogEntry) -> LogLine {
     LogLine {
         deployment_id,
-        timestamp: Utc::now(),
+        timestamp: entry.written.unwrap_or_else(Utc::now),
         stream: LogStream::Output,
         cursor: format!("{deployment_id}:{}", entry.cursor),
         message: entry.text,

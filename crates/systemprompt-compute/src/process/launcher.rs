@@ -214,13 +214,15 @@ fn run(order: &Order, status: &File, own_arguments: usize) -> Result<std::conver
 
 /// The end of a pipe to write output to, with a writer of its own behind it that is in the instance's control groups.
 fn open_output(order: &Order, own_arguments: usize) -> io::Result<OwnedFd> {
-    let path = InstanceFiles::at(order.directory.clone()).output();
-    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+    let files = InstanceFiles::at(order.directory.clone());
+    let open = |path| OpenOptions::new().append(true).create(true).mode(0o600).open(path);
+    // Before the output: who finds that finds its times.
+    let (times, file) = (open(files.times())?, open(files.output())?);
     // Handed on to the writer: whoever cannot get it knows that output is still on its way.
     if !lock(&file)? {
         return Err(io::Error::other("expected that the earlier run's output is written, and it still is being"));
     }
-    output::start_writer(file, own_arguments)
+    output::start_writer(file, times, own_arguments)
 }
 
 fn append(mut status: &File, line: &StatusLine) -> io::Result<()> {

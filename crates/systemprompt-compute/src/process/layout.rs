@@ -7,13 +7,13 @@
 //! uids                    how far the kernel uids of its apps go
 //! apps/{app}/app.json     tenant, uid
 //! apps/{app}/storage/     the volume, owned by the app's uid
-//! apps/{app}/instances/{deployment}/{instance.json, status, output, resolv.conf}
+//! apps/{app}/instances/{deployment}/{instance.json, status, output, times, resolv.conf}
 //! images/{hex}/{root/, image.json}
 //! locks/                  flock files: installation, images, image.{hex}, {app}, {app}.{deployment}
 //! trash/                  what is being deleted
 //! ```
 
-use super::remove::remove_tree;
+use super::{remove::remove_tree, times};
 use crate::{AppHandle, DriverError, InstanceHandle};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
@@ -186,6 +186,9 @@ impl InstanceFiles {
     }
     pub(crate) fn output(&self) -> PathBuf {
         self.0.join("output")
+    }
+    pub(crate) fn times(&self) -> PathBuf {
+        times::beside(&self.output())
     }
     pub(crate) fn resolv_conf(&self) -> PathBuf {
         self.0.join("resolv.conf")

@@ -3,6 +3,7 @@
 //! The file only grows; what is old is punched out of it, so that offsets, and with them cursors, stay what they
 //! are. A reader whose cursor lies in the hole goes on at the first whole line after it.
 
+use super::times::{self, Times};
 use crate::{DriverError, LogEntry, LogStart};
 use futures_util::{StreamExt, stream, stream::BoxStream};
 use rustix::{
@@ -77,7 +78,7 @@ fn step(state: State) -> Result<(Batch, Option<State>), DriverError> {
                 Err(error) if error.kind() == ErrorKind::NotFound => {
                     return Err(DriverError::NotFound("the instance has no output: it was removed".to_owned()));
                 }
-                file => (Reader::new(file?, from)?, follow),
+                file => (Reader::new(file?, Times::open(&times::beside(&path)).ok(), from)?, follow),
             }
         }
     };
@@ -99,6 +100,7 @@ fn step(state: State) -> Result<(Batch, Option<State>), DriverError> {
 /// Reads lines from a growing file.
 struct Reader {
     file: File,
+    times: Option<Times>,
     /// Offset of the first byte of `pending`.
     at: u64,
     /// Read and not yet a line.
@@ -107,13 +109,13 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(file: File, from: LogStart) -> io::Result<Self> {
+    fn new(file: File, times: Option<Times>, from: LogStart) -> io::Result<Self> {
         let at = match from {
             LogStart::Beginning => 0,
             LogStart::After(cursor) => cursor,
             LogStart::Tail(lines) => tail(&file, lines)?,
         };
-        Ok(Self { file, at, pending: VecDeque::new(), last_growth: Instant::now() })
+        Ok(Self { file, times, at, pending: VecDeque::new(), last_growth: Instant::now() })
     }
 
     /// Whole lines that are there now, up to a chunk's worth.
@@ -165,8 +167,9 @@ impl Reader {
 
     fn take(&mut self, length: usize, line_feed: usize) -> LogEntry {
         let bytes: Vec<u8> = self.pending.drain(..length + line_feed).take(length).collect();
+        let written = self.times.as_mut().and_then(|times| times.at(self.at));
         self.at += (length + line_feed) as u64;
-        LogEntry { cursor: self.at, text: String::from_utf8_lossy(&bytes).into_owned() }
+        LogEntry { cursor: self.at, written, text: String::from_utf8_lossy(&bytes).into_owned() }
     }
 
     fn is_removed(&self) -> io::Result<bool> {
@@ -239,7 +242,21 @@ pub(crate) fn trim(output: &Path, keep: u64) -> io::Result<()> {
     if hole == 0 || meta.blocks() * 512 <= keep + 2 * HOLE_ALIGNMENT {
         return Ok(());
     }
-    match fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, hole) {
+    punch(&file, hole)?;
+    match OpenOptions::new().read(true).write(true).open(times::beside(output)) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        marks => {
+            let marks = marks?;
+            punch(&marks, times::unneeded(&marks, hole) / HOLE_ALIGNMENT * HOLE_ALIGNMENT)
+        }
+    }
+}
+
+fn punch(file: &File, hole: u64) -> io::Result<()> {
+    if hole == 0 {
+        return Ok(());
+    }
+    match fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, hole) {
         Ok(()) => Ok(()),
         Err(Errno::OPNOTSUPP) => Err(io::Error::new(
             ErrorKind::Unsupported,
@@ -329,7 +346,7 @@ mod tests {
     #[test]
     fn a_line_whose_end_was_trimmed_away_is_left_out_whole() {
         let (_directory, path) = file(b"begun, ");
-        let mut reader = Reader::new(File::open(&path).expect("open"), LogStart::Beginning).expect("reader");
+        let mut reader = Reader::new(File::open(&path).expect("open"), None, LogStart::Beginning).expect("reader");
         assert!(reader.lines().expect("lines").is_empty());
         let mut file = OpenOptions::new().append(true).open(&path).expect("open");
         file.write_all(&b"0123456789abcdef\n".repeat(20_000)).expect("append");

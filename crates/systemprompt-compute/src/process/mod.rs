@@ -41,6 +41,7 @@ mod seccomp;
 mod state;
 mod stop;
 mod tar;
+mod times;
 
 use crate::{
     AppHandle, AppSpec, Capabilities, ComputeDriver, DriverError, FoundApp, FoundInstance, ImageSource, InstanceHandle,

@@ -5,6 +5,7 @@
 //! It is in the instance's control groups, so that it goes wherever the instance goes, and is never the one that is
 //! killed for want of memory. For its life it holds the lock of the output file.
 
+use super::times::Marker;
 use rustix::{
     fs::{FlockOperation, flock},
     io::Errno,
@@ -14,9 +15,12 @@ use rustix::{
 use std::{
     fs::{self, File},
     io::{self, ErrorKind, Read, Write},
-    os::{fd::OwnedFd, unix::process::CommandExt},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::process::CommandExt,
+    },
     path::Path,
-    process::{Command, ExitCode, Stdio},
+    process::{Command, ExitCode},
     time::Instant,
 };
 
@@ -25,9 +29,9 @@ pub(crate) const WRITER: &str = "write-output";
 /// How much a pipe holds.
 const CHUNK: usize = 64 << 10;
 
-/// Starts a writer that appends to `file` and returns the pipe's end to write to. The launcher's last
+/// Starts a writer that appends to `file`, and to `times` when that was, and returns the pipe's end to write to. The launcher's last
 /// `own_arguments` are its own and not its caller's.
-pub(crate) fn start_writer(file: File, own_arguments: usize) -> io::Result<OwnedFd> {
+pub(crate) fn start_writer(file: File, times: File, own_arguments: usize) -> io::Result<OwnedFd> {
     let (from, to) = pipe_with(PipeFlags::CLOEXEC)?;
     let mut prefix: Vec<_> = std::env::args_os().collect();
     prefix.truncate(prefix.len().saturating_sub(own_arguments));
@@ -37,23 +41,32 @@ pub(crate) fn start_writer(file: File, own_arguments: usize) -> io::Result<Owned
     if let Some(name) = prefix.next() {
         command.arg0(name);
     }
-    command.args(prefix).arg(WRITER).env_clear().stdin(from).stdout(file).stderr(Stdio::null()).spawn()?;
+    command.args(prefix).arg(WRITER).env_clear().stdin(from).stdout(file).stderr(times).spawn()?;
     Ok(to)
 }
 
-/// The writer's `main`: stdin is the pipe, stdout the file.
+/// The writer's `main`: stdin is the pipe, stdout the file, stderr the file of its times.
 pub(crate) fn write() -> ExitCode {
+    std::panic::set_hook(Box::new(|_| {}));
+    let owned = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
+    let (Ok(mut to), Ok(times)) = (owned(io::stdout().as_fd()), owned(io::stderr().as_fd())) else {
+        return ExitCode::FAILURE;
+    };
+    let mut marker = Marker::new(times);
     // Not with the terminal of whoever runs the control plane.
     let _ = setsid();
     // Only root may; without root, no control group kills for want of memory either.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
-    let (mut from, mut to) = (io::stdin().lock(), io::stdout().lock());
+    let mut from = io::stdin().lock();
     let mut buffer = vec![0; CHUNK];
     loop {
         match from.read(&mut buffer) {
             Ok(0) => return ExitCode::SUCCESS,
             // On a full disk the rest is lost; without a reader, the application would be.
-            Ok(count) => drop(to.write_all(&buffer[..count]).and_then(|()| to.flush())),
+            Ok(count) => {
+                let _ = marker.note(&to);
+                let _ = to.write_all(&buffer[..count]);
+            }
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(_) => return ExitCode::FAILURE,
         }
