@@ -1,8 +1,10 @@
 //! What a tenant's processes are given: what the README lists, and nothing of the machine's or of the control plane's.
 
 use anyhow::{Context as _, ensure};
-use e2e::Stack;
+use e2e::{Stack, TestApp};
+use reqwest::Method;
 use std::{collections::BTreeSet, fs, path::Path};
+use systemprompt_contract::paths;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_instance_finds_the_variables_that_the_readme_lists_and_no_others() -> anyhow::Result<()> {
@@ -21,6 +23,66 @@ async fn an_instance_finds_the_variables_that_the_readme_lists_and_no_others() -
     }
     ensure!(inside.len() > 1, "the sandbox's own process is looked at: {inside:?}");
     Ok(())
+}
+
+/// Not in what the platform logs, stores or shows in a process list; nor its users' own tokens.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenants_secrets_are_found_nowhere_else() -> anyhow::Result<()> {
+    let stack = Stack::start().await?;
+    let tenant = stack.provision("secretive").await?;
+    stack.deploy(&tenant).await?;
+    let failed = TestApp { behaviour: "crash", text: "" }.deploy(&stack, &tenant).await?;
+    ensure!(failed["status"] == "failed", "{failed}");
+    let registry = stack.call(Method::GET, &paths::tenant(tenant.id, "/registry-token"), None).await?;
+    let mut secrets = vec![
+        ("API token", stack.token().expose().to_owned()),
+        ("registry token", registry["data"]["token"].as_str().context("token")?.to_owned()),
+    ];
+    for name in ["DATABASE_URL", "JWT_SECRET", "SYNC_TOKEN"] {
+        let value = variable(&format!("TENANT_ID={}", tenant.id), name)?;
+        let password = value.split_once("://").and_then(|(_, rest)| rest.split_once(':')?.1.split_once('@'));
+        secrets.push((name, password.map_or(value.clone(), |(password, _)| password.to_owned())));
+    }
+    ensure!(secrets.iter().all(|(_, secret)| secret.len() >= 16), "they are looked for, and not a part of each word");
+
+    let mut places = vec![("the log".to_owned(), fs::read(stack.log_file())?)];
+    for cluster in ["control", "tenants"] {
+        let log = stack.data().join("postgres").join(format!("{cluster}.log"));
+        places.push((log.display().to_string(), fs::read(&log).with_context(|| log.display().to_string())?));
+    }
+    for process in fs::read_dir("/proc")?.flatten() {
+        if let Ok(line) = fs::read(process.path().join("cmdline")) {
+            places.push((format!("a command line: {}", String::from_utf8_lossy(&line).replace('\0', " ")), line));
+        }
+    }
+    let mut control = e2e::connect(&stack, "control", "systemprompt").await?;
+    let tables: Vec<String> = sqlx::query_scalar("SELECT tablename::text FROM pg_tables WHERE schemaname = 'public'")
+        .fetch_all(&mut control)
+        .await?;
+    ensure!(tables.len() > 5, "{tables:?}");
+    for table in tables {
+        let rows = sqlx::AssertSqlSafe(format!("SELECT coalesce(string_agg(row::text, ' '), '') FROM {table} row"));
+        let rows: String = sqlx::query_scalar(rows).fetch_one(&mut control).await?;
+        places.push((format!("the table {table}"), rows.into_bytes()));
+    }
+    for (place, content) in &places {
+        for (name, secret) in &secrets {
+            let there = content.windows(secret.len()).any(|part| part == secret.as_bytes());
+            ensure!(!there, "{name} is in {place}");
+        }
+    }
+    Ok(())
+}
+
+/// What the app of who has `of` among its variables finds in `name`.
+fn variable(of: &str, name: &str) -> anyhow::Result<String> {
+    let environments = fs::read_dir("/proc")?.flatten().filter_map(|entry| fs::read(entry.path().join("environ")).ok());
+    let found = environments.map(|text| String::from_utf8_lossy(&text).into_owned()).find_map(|text| {
+        let mut variables = text.split('\0');
+        variables.clone().find(|variable| *variable == of)?;
+        variables.find_map(|variable| variable.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned)
+    });
+    found.with_context(|| format!("no {name} beside {of}"))
 }
 
 /// The first column of the README's table.

@@ -79,8 +79,10 @@ async fn a_duplicate_confirmation_provisions_once() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_late_subscriber_reads_every_event_once_and_in_order() -> anyhow::Result<()> {
     let stack = Stack::start().await?;
-    let tenant = stack.provision("events").await?;
-    let names = provisioning_events(&stack, tenant.id, None).await?;
+    let checkout = stack.order("events").await?;
+    stack.confirm(&checkout).await?;
+    let tenant = stack.bought(&checkout).await?;
+    stack.wait_status(&tenant, "awaiting_deploy").await?;
     let wanted = [
         "subscription_created",
         "tenant_created",
@@ -89,29 +91,39 @@ async fn a_late_subscriber_reads_every_event_once_and_in_order() -> anyhow::Resu
         "infrastructure_ready",
         "tenant_ready",
     ];
-    let kinds: Vec<&str> = names.iter().map(|(_, kind)| kind.as_str()).collect();
-    ensure!(kinds == wanted, "{kinds:?}");
-    let resumed = provisioning_events(&stack, tenant.id, Some(&names[2].0)).await?;
-    ensure!(resumed == names[3..], "resumed after {}: {resumed:?}", names[2].0);
+    // Who follows the checkout learns of the infrastructure last, and then deploys.
+    for (path, wanted) in [
+        (paths::tenant(tenant.id, "/events"), &wanted[..]),
+        (paths::checkout(checkout.parse()?, "/events"), &wanted[..5]),
+    ] {
+        let last = wanted[wanted.len() - 1];
+        let names = provisioning_events(&stack, &path, last, None).await?;
+        let kinds: Vec<&str> = names.iter().map(|(_, kind)| kind.as_str()).collect();
+        ensure!(kinds == wanted, "{path}: {kinds:?}");
+        let resumed = provisioning_events(&stack, &path, last, Some(&names[2].0)).await?;
+        ensure!(resumed == names[3..], "{path}, resumed after {}: {resumed:?}", names[2].0);
+    }
     Ok(())
 }
 
-/// `(id, event_type)` up to `tenant_ready`.
+/// `(id, event_type)` up to one of the type `last`.
 async fn provisioning_events(
     stack: &Stack,
-    tenant: systemprompt_contract::TenantId,
+    path: &str,
+    last: &str,
     after: Option<&str>,
 ) -> anyhow::Result<Vec<(String, String)>> {
     use futures_util::StreamExt as _;
-    let url = format!("{}{}", stack.api_url(), paths::tenant(tenant, "/events"));
+    let url = format!("{}{path}", stack.api_url());
     let mut request = stack.client().get(url).bearer_auth(stack.token().expose());
     if let Some(after) = after {
         request = request.header("last-event-id", after);
     }
     let mut body = request.send().await?.error_for_status()?.bytes_stream();
     let mut text = String::new();
-    while !text.contains("tenant_ready") || !text.ends_with("\n\n") {
-        text.push_str(std::str::from_utf8(&body.next().await.context("the stream ended early")??)?);
+    while !text.contains(last) || !text.ends_with("\n\n") {
+        let more = tokio::time::timeout(e2e::PATIENCE, body.next()).await.with_context(|| text.clone())?;
+        text.push_str(std::str::from_utf8(&more.context("the stream ended early")??)?);
     }
     let field = |frame: &str, name: &str| {
         frame.lines().find_map(|line| line.strip_prefix(name).map(|rest| rest.trim().to_owned()))

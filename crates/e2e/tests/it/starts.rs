@@ -111,3 +111,13 @@ async fn a_command_beside_a_stopped_cloud_leaves_no_server() -> anyhow::Result<(
     ensure!(!stack.cluster_runs("control"), "the server still runs");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_api_in_clear_is_for_this_machine_only() -> anyhow::Result<()> {
+    let mut stack = Stack::prepare()?;
+    let arguments = &["--http-api", "0.0.0.0:0", "--on-stop", "stop"];
+    let error = stack.serve(&Start { arguments, ..Start::default() }).err().context("expected the start to fail")?;
+    stack.wait_failed()?;
+    ensure!(error.to_string().contains("takes a loopback address such as 127.0.0.1:8090, not 0.0.0.0:0"), "{error}");
+    Ok(())
+}
