@@ -319,26 +319,28 @@ async fn a_broken_way_back_is_seen() -> anyhow::Result<()> {
     let mut stack = Stack::start().await?;
     let tenant = stack.provision("broken").await?;
     let sick = TestApp { behaviour: "sick", text: "" }.push(&stack, &tenant).await?;
-    for (skip, wrong) in
-        [("deploy_tenant.launch.undo", "instances:"), ("delete_tenant.images", "images of tenants that are gone")]
-    {
-        stack.terminate()?;
-        let arguments = &["--healthy-within", "1"];
-        stack.serve(&Start { skip: Some(skip), arguments, ..Start::default() })?;
-        let left: &[TenantId] = if skip.starts_with("deploy") {
-            let view = e2e::wait_over(&stack, &sick.submit(&stack, &tenant).await?).await?;
-            ensure!(view["status"] == "failed", "{view}");
-            &[tenant.id]
-        } else {
-            let path = format!("{}?purge=true", paths::tenant(tenant.id, ""));
-            let accepted = stack.call(Method::DELETE, &path, None).await?;
-            let operation = accepted["data"]["operation_id"].as_str().context("an operation")?;
-            e2e::wait_over(&stack, operation).await?;
-            &[]
-        };
-        let checked = World::look(&stack).await?.check(left, &[]);
-        ensure!(checked.as_ref().is_err_and(|error| error.to_string().contains(wrong)), "{skip}: {checked:?}");
+    let arguments = &["--healthy-within", "1"];
+    stack.terminate()?;
+    stack.serve(&Start { skip: Some("deploy_tenant.launch.undo"), arguments, ..Start::default() })?;
+    let mut checked = Ok(());
+    // Whoever looks for what no row knows may be faster once, but not always.
+    for _ in 0..4 {
+        let view = e2e::wait_over(&stack, &sick.submit(&stack, &tenant).await?).await?;
+        ensure!(view["status"] == "failed", "{view}");
+        checked = World::look(&stack).await?.check(&[tenant.id], &[]);
+        if checked.is_err() {
+            break;
+        }
     }
+    ensure!(checked.as_ref().is_err_and(|error| error.to_string().contains("instances:")), "{checked:?}");
+
+    stack.terminate()?;
+    stack.serve(&Start { skip: Some("delete_tenant.images"), ..Start::default() })?;
+    let path = format!("{}?purge=true", paths::tenant(tenant.id, ""));
+    let accepted = stack.call(Method::DELETE, &path, None).await?;
+    e2e::wait_over(&stack, accepted["data"]["operation_id"].as_str().context("an operation")?).await?;
+    let checked = World::look(&stack).await?.check(&[], &[]);
+    ensure!(checked.as_ref().is_err_and(|error| error.to_string().contains("tenants that are gone")), "{checked:?}");
     Ok(())
 }
 

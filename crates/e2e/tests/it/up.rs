@@ -75,6 +75,19 @@ impl Up {
         Ok(foreground)
     }
 
+    /// The command lines that an `up` has called, found by where they keep their layers.
+    fn kill_commands(&self) -> anyhow::Result<()> {
+        let caches = [b"XDG_CACHE_HOME=", self.data().as_os_str().as_bytes()].concat();
+        for entry in fs::read_dir("/proc")?.flatten() {
+            let pid = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
+            let (Some(pid), Ok(environment)) = (pid, fs::read(entry.path().join("environ"))) else { continue };
+            if environment.split(|byte| *byte == 0).any(|variable| variable.starts_with(&caches)) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+        Ok(())
+    }
+
     fn sign_in_as_member(&self) -> anyhow::Result<()> {
         let script = "echo 'a password for tests only' | $0 create-account --data $2 --email member@example.com |
             sed 's/.*\"access_token\":\"\\([^\"]*\\).*/\\1/' | $1 cloud auth login --token - --api-url $3";
@@ -249,6 +262,8 @@ fn an_up_that_was_killed_halfway_is_gone_on_with() -> anyhow::Result<()> {
     for line in ["buying a tenant", "deploying the example to"] {
         let ended = up.foreground_until(line)?.end(Signal::KILL)?;
         ensure!(!ended.success(), "it was killed");
+        // What it had called would go on by itself, and be done or not by the time of the next one.
+        up.kill_commands()?;
     }
     let (figures, said) = up.once()?;
     ensure!(figures["status"] == "200" && figures["phase1_ms"] == "none", "{figures:?}\n{said}");
