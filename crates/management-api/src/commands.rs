@@ -87,7 +87,6 @@ async fn edge_alone(arguments: EdgeArguments) -> anyhow::Result<()> {
         )
     };
     let snapshot = directory.load()?.with_context(|| missing(&directory.snapshot_file()))?;
-    refuse_absent_instances(&layout);
     let plan = EdgePlan {
         table: snapshot.table(),
         certificates: certificate_file.read()?.with_context(|| missing(certificate_file.path()))?,
@@ -96,6 +95,7 @@ async fn edge_alone(arguments: EdgeArguments) -> anyhow::Result<()> {
         platform: snapshot.platform,
     };
     let (edge, follower) = plan.bind(&arguments).await?;
+    refuse_absent_instances(&layout);
     let https = edge.https_addr();
     // The follower goes on until the edge has drained: it must not sign off while requests are open.
     let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
@@ -155,8 +155,6 @@ async fn with_control_database<T>(
     layout: &Layout,
     run: impl AsyncFnOnce(Db) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
-    // Against a `serve` that starts meanwhile and takes the cluster over; one that runs already has the lock itself.
-    let alone = lock_data(layout);
     let running = match Cluster::existing("control", &layout.cluster("control")).await? {
         Some(control) => control.is_alive().await,
         None => false,
@@ -169,8 +167,12 @@ async fn with_control_database<T>(
         outcome
     };
     let outcome = outcome.await;
-    if alone.is_ok() && !running {
-        control.stop(StopMode::Fast).await?;
+    // A `serve` that has started meanwhile has the lock, and the cluster with it.
+    if !running
+        && let Ok(_alone) = lock_data(layout)
+        && let Err(error) = control.stop(StopMode::Fast).await
+    {
+        tracing::warn!(%error, "the control plane's database server still runs");
     }
     outcome
 }

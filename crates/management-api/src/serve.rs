@@ -290,10 +290,11 @@ async fn bind_edge(
         );
         None
     });
-    refuse_absent_instances(layout);
     let table = snapshot.map_or_else(RouteTable::new, |snapshot| snapshot.table());
     let plan = EdgePlan { table, certificates, certificate_file, directory, platform: platform.to_owned() };
-    plan.bind(&arguments.edge).await.map(Some)
+    let bound = plan.bind(&arguments.edge).await?;
+    refuse_absent_instances(layout);
+    Ok(Some(bound))
 }
 
 fn spawn_workers(tasks: &TaskTracker, app: &App, ca: &Arc<LocalCa>, stops: &Stops) {

@@ -35,7 +35,7 @@ const MAX_SUBMITS: u32 = 6;
 const SUBMIT_PAUSE: Duration = Duration::from_millis(250);
 /// How long a deploy waits for what else is being done to its tenant, such as the deploy of a command that was killed.
 const BUSY_WITHIN: Duration = Duration::from_mins(5);
-const BUSY_PAUSE: Duration = Duration::from_millis(250);
+const BUSY_PAUSE: Duration = Duration::from_secs(2);
 /// After so much silence of the stream the operation itself is asked.
 const ASK_AFTER: Duration = Duration::from_secs(10);
 /// After so much silence of everything nobody is asked any more.
@@ -332,8 +332,8 @@ impl Deploy {
                     if busy_since.is_none() {
                         sink(DeployProgress::Busy);
                     }
-                    busy_since.get_or_insert_with(Instant::now);
-                    tokio::time::sleep(BUSY_PAUSE).await;
+                    let waited = busy_since.get_or_insert_with(Instant::now).elapsed();
+                    tokio::time::sleep((waited / 2).clamp(SUBMIT_PAUSE, BUSY_PAUSE)).await;
                 }
                 Err(error) if attempt < MAX_SUBMITS && error.is_transient() => {
                     unanswered |= error.may_have_arrived();

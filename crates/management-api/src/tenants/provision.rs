@@ -284,9 +284,8 @@ fn event(cx: &Cx, event_type: ProvisioningEventType, message: &str, checkout: Op
 pub(super) fn driver_error(error: DriverError) -> StepError {
     match (error.next(), &error) {
         (Next::Retry, _) => StepError::Transient(error.to_string()),
-        (_, DriverError::Capacity { scope, .. }) => {
-            tracing::error!(%error, "there is no room for a tenant");
-            StepError::Permanent(ApiError::new(ErrorCode::CapacityExhausted, format!("the {scope} has no room left")))
+        (_, DriverError::Capacity { .. }) => {
+            StepError::Permanent(ApiError::new(ErrorCode::CapacityExhausted, error.to_string()))
         }
         // What a driver refuses for good is the image: it cannot be unpacked or has nothing to run.
         (_, DriverError::Rejected(_)) => {

@@ -267,9 +267,12 @@ impl From<std::io::Error> for DriverError {
     fn from(error: std::io::Error) -> Self {
         use std::io::ErrorKind::{QuotaExceeded, StorageFull};
         match error.kind() {
-            QuotaExceeded | StorageFull => {
-                Self::Capacity { scope: crate::CapacityScope::Host, message: error.to_string() }
+            // Where is the operator's business, and not a tenant's.
+            StorageFull => {
+                tracing::error!(%error, "the disk is full");
+                Self::Capacity { scope: crate::CapacityScope::Host, message: "its disk is full".to_owned() }
             }
+            QuotaExceeded => Self::Capacity { scope: crate::CapacityScope::Host, message: error.to_string() },
             _ => Self::Transient(error.to_string()),
         }
     }

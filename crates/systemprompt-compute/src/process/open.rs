@@ -133,7 +133,9 @@ fn program(program: &'static str, package: &'static str) -> Result<PathBuf, Open
 pub fn refuse_absent_instances(data: &Path, network: &NetworkConfig) -> io::Result<()> {
     let layout = Layout::at(data);
     let Some(id) = read_text(&layout.installation())? else { return Ok(()) };
-    if !rustix::process::geteuid().is_root() || layout.list_apps()?.is_empty() {
+    // A copy is not the installation of that id, and has none of its own before its driver opens.
+    let is_copy = read_text(&layout.place())? != Some(place_of(&layout)?);
+    if is_copy || !rustix::process::geteuid().is_root() || layout.list_apps()?.is_empty() {
         return Ok(());
     }
     let path = program("ip", "iproute2").map_err(io::Error::other)?;
@@ -144,8 +146,7 @@ pub fn refuse_absent_instances(data: &Path, network: &NetworkConfig) -> io::Resu
 /// data directory is another installation, and what its records call running belongs to the original.
 fn installation_id(layout: &Layout) -> io::Result<String> {
     let _lock = FileLock::exclusive(&layout.installation_lock())?;
-    let directory = fs::metadata(layout.root())?;
-    let here = format!("{}:{}", directory.dev(), directory.ino());
+    let here = place_of(layout)?;
     let place = read_text(&layout.place())?;
     let copied = place.as_ref().is_some_and(|place| *place != here);
     let id = match read_text(&layout.installation())? {
@@ -173,6 +174,12 @@ fn installation_id(layout: &Layout) -> io::Result<String> {
         write_whole(&layout.place(), &here)?;
     }
     Ok(id)
+}
+
+/// What tells a data directory from a copy of it.
+fn place_of(layout: &Layout) -> io::Result<String> {
+    let directory = fs::metadata(layout.root())?;
+    Ok(format!("{}:{}", directory.dev(), directory.ino()))
 }
 
 /// Makes all records those of another boot.

@@ -179,10 +179,9 @@ mod tests {
     #[test]
     fn a_zone_that_leads_nowhere_is_refused_before_anything_is_built() {
         zone_leads_here("cloud.localhost").unwrap();
-        for zone in ["cloud.invalid", "bad zone", "notlocalhost"] {
-            let error = zone_leads_here(zone).unwrap_err().to_string();
-            assert!(error.contains(zone) && error.contains("/etc/hosts"), "{error}");
-        }
+        // No resolver can know it.
+        let error = zone_leads_here("bad zone").unwrap_err().to_string();
+        assert!(error.contains("bad zone") && error.contains("/etc/hosts"), "{error}");
     }
 
     #[test]
