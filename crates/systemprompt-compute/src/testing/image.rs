@@ -77,7 +77,10 @@ pub fn image_of(directory: &Path, layers: &[Vec<u8>], config: ImageConfig) -> io
     for tar in layers {
         let diff_id = Digest::of(tar);
         let path = directory.join(diff_id.hex());
-        fs::write(&path, tar)?;
+        // In one step: another process may make, or read, the same one.
+        let file = tempfile::NamedTempFile::new_in(directory)?;
+        fs::write(file.path(), tar)?;
+        file.persist(&path).map_err(|error| error.error)?;
         let descriptor = Descriptor::new(media_type::OCI_LAYER, diff_id, tar.len() as u64);
         stored.push(StoredLayer { descriptor, diff_id, path });
     }
