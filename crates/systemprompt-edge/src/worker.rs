@@ -419,11 +419,16 @@ mod tests {
     async fn a_connection_that_does_not_close_can_still_be_cut() {
         let registered = Arc::new(Connections::default()).enter();
         let connection = Arc::clone(&registered.connection);
+        let (polled, mut polls) = tokio::sync::mpsc::unbounded_channel();
         let (closing, mut closed) = tokio::sync::mpsc::unbounded_channel();
         let driven = tokio::spawn(async move {
-            let mut never = std::pin::pin!(std::future::pending::<()>());
+            let mut never = std::pin::pin!(std::future::poll_fn(|_| {
+                polled.send(()).expect("somebody waits");
+                Poll::<()>::Pending
+            }));
             drive(&registered.connection, never.as_mut(), |_| closing.send(()).expect("somebody waits")).await
         });
+        polls.recv().await.expect("it waits for what it will be told");
         connection.close();
         closed.recv().await.expect("it was told to close");
         connection.cut();
