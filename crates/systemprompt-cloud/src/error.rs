@@ -92,7 +92,7 @@ impl CloudError {
         matches!(self, Self::Api(error) if error.code == ErrorCode::NotFound)
     }
 
-    /// Something else is being done to the tenant, which ends by itself.
+    /// Something else is being done to the tenant.
     pub(crate) fn is_busy(&self) -> bool {
         matches!(self, Self::Api(error) if error.code == ErrorCode::OperationInProgress)
     }
@@ -116,7 +116,7 @@ impl CloudError {
         let reason = innermost(error);
         let kind = if reason.contains("certificate") || reason.contains("UnknownIssuer") {
             TransportFailure::Certificate
-        } else if reason.contains("lookup address") || reason.contains("Name or service not known") {
+        } else if reason.contains("lookup address") {
             TransportFailure::Name
         } else if error.is_timeout() {
             TransportFailure::Timeout

@@ -165,12 +165,6 @@ impl Connection {
         self.tell(Verdict::Cut);
     }
 
-    /// Ends the connection once nothing is in flight on it.
-    #[cfg(test)]
-    pub(crate) fn close(&self) {
-        self.tell(Verdict::Close);
-    }
-
     fn tell(&self, verdict: Verdict) {
         if self.verdict() != verdict {
             self.verdict.fetch_max(verdict as u8, Relaxed);

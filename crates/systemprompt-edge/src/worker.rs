@@ -417,7 +417,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_that_does_not_close_can_still_be_cut() {
-        let registered = Arc::new(Connections::default()).enter();
+        let connections = Arc::new(Connections::default());
+        let registered = connections.enter();
         let connection = Arc::clone(&registered.connection);
         let (polled, mut polls) = tokio::sync::mpsc::unbounded_channel();
         let (closing, mut closed) = tokio::sync::mpsc::unbounded_channel();
@@ -429,7 +430,7 @@ mod tests {
             drive(&registered.connection, never.as_mut(), |_| closing.send(()).expect("somebody waits")).await
         });
         polls.recv().await.expect("it waits for what it will be told");
-        connection.close();
+        connections.tell_all(Verdict::Close);
         closed.recv().await.expect("it was told to close");
         connection.cut();
         let ended = timeout(Duration::from_secs(10), driven).await.expect("it was cut");

@@ -259,7 +259,7 @@ fn a_lost_token_and_a_killed_up_are_no_dead_ends() -> anyhow::Result<()> {
 #[test]
 fn an_up_that_was_killed_halfway_is_gone_on_with() -> anyhow::Result<()> {
     let up = Up::new("022")?;
-    for line in ["buying a tenant", "deploying the example to"] {
+    for line in ["buying a tenant", "deploying the example to", "deploy accepted"] {
         let ended = up.foreground_until(line)?.end(Signal::KILL)?;
         ensure!(!ended.success(), "it was killed");
         // What it had called would go on by itself, and be done or not by the time of the next one.

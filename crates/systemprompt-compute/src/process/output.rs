@@ -29,8 +29,8 @@ pub(crate) const WRITER: &str = "write-output";
 /// How much a pipe holds.
 const CHUNK: usize = 64 << 10;
 
-/// Starts a writer that appends to `file`, and to `times` when that was, and returns the pipe's end to write to. The launcher's last
-/// `own_arguments` are its own and not its caller's.
+/// Starts a writer that appends to `file`, and to `times` when that was, and returns the pipe's end to write to. The
+/// launcher's last `own_arguments` are its own and not its caller's.
 pub(crate) fn start_writer(file: File, times: File, own_arguments: usize) -> io::Result<OwnedFd> {
     let (from, to) = pipe_with(PipeFlags::CLOEXEC)?;
     let mut prefix: Vec<_> = std::env::args_os().collect();

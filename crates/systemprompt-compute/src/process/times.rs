@@ -13,7 +13,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-const MARK: u64 = 16;
+type Bytes = [u8; 16];
+const MARK: u64 = size_of::<Bytes>() as u64;
 const BETWEEN: Duration = Duration::from_secs(1);
 
 /// Where the marks of an output file are.
@@ -55,9 +56,11 @@ impl Marker {
 #[derive(Debug)]
 pub(crate) struct Times {
     marks: File,
-    /// The last mark that is not behind the offset asked for, and how many there are up to it.
+    /// The last mark that is not behind the offset asked for, how many there are up to it, and the one after those,
+    /// once it was made.
     found: Option<Mark>,
     count: u64,
+    next: Option<Mark>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -68,7 +71,7 @@ struct Mark {
 
 impl Times {
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self { marks: File::open(path)?, found: None, count: 0 })
+        Ok(Self { marks: File::open(path)?, found: None, count: 0, next: None })
     }
 
     /// When the byte at `offset` was written; none when that is not known.
@@ -77,7 +80,9 @@ impl Times {
             self.count = up_to(&self.marks, offset)?;
             self.found = self.count.checked_sub(1).and_then(|last| read(&self.marks, last));
         }
-        while let Some(next) = read(&self.marks, self.count).filter(|next| next.offset <= offset) {
+        loop {
+            self.next = self.next.or_else(|| read(&self.marks, self.count));
+            let Some(next) = self.next.take_if(|next| next.offset <= offset) else { break };
             self.found = Some(next);
             self.count += 1;
         }
@@ -107,11 +112,11 @@ fn up_to(marks: &File, offset: u64) -> Option<u64> {
 }
 
 fn read(marks: &File, index: u64) -> Option<Mark> {
-    let mut offset = [0; 8];
-    let mut milliseconds = [0; 8];
-    marks.read_exact_at(&mut offset, index * MARK).ok()?;
-    marks.read_exact_at(&mut milliseconds, index * MARK + 8).ok()?;
-    Some(Mark { offset: u64::from_le_bytes(offset), milliseconds: i64::from_le_bytes(milliseconds) })
+    let mut mark = Bytes::default();
+    marks.read_exact_at(&mut mark, index * MARK).ok()?;
+    let (offset, milliseconds) = mark.split_first_chunk()?;
+    let milliseconds = milliseconds.first_chunk()?;
+    Some(Mark { offset: u64::from_le_bytes(*offset), milliseconds: i64::from_le_bytes(*milliseconds) })
 }
 
 #[cfg(test)]
