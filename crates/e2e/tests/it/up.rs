@@ -88,6 +88,16 @@ impl Up {
         Ok(())
     }
 
+    /// What it had begun goes on when the next one has started it again.
+    fn kill_cloud(&self) -> anyhow::Result<()> {
+        for (pid, command_line) in self.processes()? {
+            if command_line.contains("management-api serve") {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+        Ok(())
+    }
+
     fn sign_in_as_member(&self) -> anyhow::Result<()> {
         let script = "echo 'a password for tests only' | $0 create-account --data $2 --email member@example.com |
             sed 's/.*\"access_token\":\"\\([^\"]*\\).*/\\1/' | $1 cloud auth login --token - --api-url $3";
@@ -264,6 +274,7 @@ fn an_up_that_was_killed_halfway_is_gone_on_with() -> anyhow::Result<()> {
         ensure!(!ended.success(), "it was killed");
         // What it had called would go on by itself, and be done or not by the time of the next one.
         up.kill_commands()?;
+        up.kill_cloud()?;
     }
     let (figures, said) = up.once()?;
     ensure!(figures["status"] == "200" && figures["phase1_ms"] == "none", "{figures:?}\n{said}");
